@@ -1,0 +1,297 @@
+"""Samples from arrays: one .npz or .npy file, or a folder of them (a folder per class gives labels)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..graph.errors import DataError
+from ..graph.model import TensorSpec
+from .schema import Array, Feeds, check_layout, content_key, draw, fit_array, match_names, quoted, stack
+from .stored import StoredArray, open_arrays
+
+SUFFIXES = (".npy", ".npz")
+Labels = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What a reader found: a source and, for each sample drawn from it, position, identity and label.
+
+    `contents` and `identities` are 32-byte SHA-256 per sample: the exact content, and what counts
+    as the same sample (texts: case and white space apart).
+    """
+
+    source: ArraySource | FolderSource
+    positions: npt.NDArray[np.int64]
+    contents: tuple[bytes, ...]
+    labels: Labels | None
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _File:
+    """The arrays of one file, matched to the inputs."""
+
+    arrays: dict[str, StoredArray]
+    labels: StoredArray | None
+    unused: tuple[str, ...]
+    name: str
+
+
+class ArraySource:
+    """Rows of the arrays of one file; `rounded` is set once a float64 value had to be rounded."""
+
+    sequential = False
+    padding = "none (arrays are fed as they are)"
+
+    def __init__(self, file: _File, inputs: Sequence[TensorSpec]) -> None:
+        self.uniform = True
+        self.rounded = False
+        self._file = file
+        self._inputs = inputs
+
+    def read(self, positions: Sequence[int], batch_size: int) -> Iterator[Feeds]:
+        """Feeds of `batch_size` rows at a time; one batch is in memory."""
+        for start in range(0, len(positions), batch_size):
+            chunk = positions[start : start + batch_size]
+            yield stack([self.sample(int(position)) for position in chunk], self._file.name)
+
+    def sample(self, position: int) -> Feeds:
+        """Row `position` as feeds with batch axis 1."""
+        feeds = {}
+        where = f"{self._file.name}, sample {position}"
+        for spec in self._inputs:
+            array = self._file.arrays[spec.name]
+            row = array.row(position)
+            if not _has_own_batch(array.shape, spec):
+                row = row[None]
+            feeds[spec.name], rounded = fit_array(row, spec, where)
+            self.rounded |= rounded
+        return feeds
+
+
+class FolderSource:
+    """Files read one after another in order of their names; the last one stays open."""
+
+    sequential = True
+    padding = "none (arrays are fed as they are)"
+
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int], inputs: Sequence[TensorSpec]) -> None:
+        self.uniform = False
+        self.rounded = False
+        self._paths = paths
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._inputs = inputs
+
+    def read(self, positions: Sequence[int], batch_size: int) -> Iterator[Feeds]:
+        """Feeds of `batch_size` samples at a time, `positions` ascending; one batch is in memory."""
+        pending: list[Feeds] = []
+        opened, file = -1, None
+        for position in positions:
+            index = int(np.searchsorted(self._starts, position, side="right")) - 1
+            if file is None or index != opened:
+                opened, file = index, _match_file(self._paths[index], self._inputs)
+            pending.append(self._sample(file, int(position - self._starts[index])))
+            if len(pending) == batch_size:
+                yield stack(pending, file.name)
+                pending = []
+        if pending and file is not None:
+            yield stack(pending, file.name)
+
+    def _sample(self, file: _File, row: int) -> Feeds:
+        feeds = {}
+        for spec in self._inputs:
+            array = file.arrays[spec.name]
+            values = array.whole()[None] if _is_lone_sample(array.shape, spec) else array.row(row)[None]
+            feeds[spec.name], rounded = fit_array(values, spec, file.name)
+            self.rounded |= rounded
+        return feeds
+
+
+def _has_own_batch(shape: Sequence[int], spec: TensorSpec) -> bool:
+    """Whether each row already carries the model's batch axis (or the input has no axes at all)."""
+    return spec.shape is not None and len(shape) == len(spec.shape) + 1
+
+
+def _is_lone_sample(shape: Sequence[int], spec: TensorSpec) -> bool:
+    """Whether a file of a folder holds one sample without batch axis."""
+    return spec.shape is not None and len(shape) == len(spec.shape) - 1
+
+
+def _match_file(path: Path, inputs: Sequence[TensorSpec]) -> _File:
+    arrays = open_arrays(path)
+    if path.suffix.lower() == ".npy" and len(inputs) != 1:
+        raise DataError(
+            f"a .npy file holds one array, but the model has {len(inputs)} inputs",
+            where=path.name,
+            remedy=f"save an .npz with the arrays {quoted(spec.name for spec in inputs)}",
+        )
+    matched = match_names(list(arrays), inputs, path.name)
+    is_input = "labels" in matched.values()
+    unused = sorted(set(arrays) - set(matched.values()) - ({"labels"} if not is_input else set()))
+    return _File(
+        arrays={name: arrays[key] for name, key in matched.items()},
+        labels=None if is_input else arrays.get("labels"),
+        unused=tuple(unused),
+        name=path.name,
+    )
+
+
+def open_array_file(path: Path, inputs: Sequence[TensorSpec], samples: int | None, seed: int) -> Opened:
+    """Open one .npz (keys = input names, first axis = samples, `labels` = labels) or .npy file.
+
+    Every drawn sample is read once here: cast, checked and hashed.
+
+    Raises:
+        DataError: if the file cannot be read or does not fit the inputs.
+    """
+    file = _match_file(path, inputs)
+    total = _count_rows(file, inputs)
+    labels = _read_labels(file, total)
+    positions = draw(total, samples, seed)
+    source = ArraySource(file, inputs)
+    contents = tuple(content_key(feeds) for feeds in source.read(positions.tolist(), 1))
+    return Opened(
+        source=source,
+        positions=positions,
+        contents=contents,
+        labels=None if labels is None else labels[positions],
+        notes=_notes(file.unused, rounded=source.rounded),
+    )
+
+
+def _count_rows(file: _File, inputs: Sequence[TensorSpec]) -> int:
+    counts = {}
+    for spec in inputs:
+        array = file.arrays[spec.name]
+        own = _has_own_batch(array.shape, spec)
+        check_layout(array.shape[1:] if own else array.shape, array.dtype, spec, file.name)
+        if not array.shape:
+            raise DataError(
+                f"data for input {spec.name!r} has no sample axis",
+                where=file.name,
+                remedy="save an array whose first axis counts the samples",
+            )
+        counts[spec.name] = array.shape[0]
+    if len(set(counts.values())) > 1:
+        raise DataError(
+            "the arrays hold different numbers of samples",
+            where=file.name,
+            why=", ".join(f"{name}: {count}" for name, count in counts.items()),
+            remedy="give every input the same number of samples",
+        )
+    return next(iter(counts.values()), 0)
+
+
+def _read_labels(file: _File, total: int) -> Labels | None:
+    if file.labels is None:
+        return None
+    return check_labels(file.labels.whole() if len(file.labels.shape) <= 1 else file.labels, total, file.name)
+
+
+def check_labels(labels: Array | StoredArray, total: int, where: str) -> Labels:
+    """Labels as int64, shape (total,).
+
+    Raises:
+        DataError: if they are not integers, not one per sample, or negative.
+    """
+    if labels.dtype.kind not in "iu" or isinstance(labels, StoredArray):
+        raise DataError(
+            f"labels are {labels.dtype.name} of shape {tuple(labels.shape)}",
+            where=where,
+            remedy="save one class index per sample: integers of shape (samples,)",
+        )
+    values = labels.reshape(-1)
+    if len(values) != total:
+        raise DataError(
+            f"{len(values)} labels for {total} samples", where=where, remedy="save one label per sample"
+        )
+    if total and int(values.min()) < 0:
+        raise DataError("a label is negative", where=where, remedy="class indices start at 0")
+    return values.astype(np.int64)
+
+
+def _notes(unused: Sequence[str], *, rounded: bool) -> tuple[str, ...]:
+    notes = []
+    if unused:
+        notes.append(f"arrays without an input of that name are not used: {quoted(unused)}")
+    if rounded:
+        notes.append("float64 values were rounded to the input's type")
+    return tuple(notes)
+
+
+def open_folder(path: Path, inputs: Sequence[TensorSpec], samples: int | None, seed: int) -> Opened:
+    """Open a folder of .npy/.npz files, one sample or one batch each; a sub-folder per class gives labels.
+
+    Raises:
+        DataError: if there are no such files, or one does not fit the inputs.
+    """
+    paths, folders = _list_folder(path)
+    files = [(_match_file(file, inputs), file) for file in paths]
+    counts = [_count_file(file, inputs) for file, _ in files]
+    labels = _folder_labels(files, counts, folders)
+    unused = sorted({name for file, _ in files for name in file.unused})
+    source = FolderSource(paths, counts, inputs)
+    positions = draw(sum(counts), samples, seed, sequential=True)
+    contents = tuple(content_key(feeds) for feeds in source.read(positions.tolist(), 1))
+    return Opened(
+        source=source,
+        positions=positions,
+        contents=contents,
+        labels=None if labels is None else labels[positions],
+        class_names=tuple(sorted(set(folders))),
+        notes=_notes(unused, rounded=source.rounded),
+    )
+
+
+def _list_folder(path: Path) -> tuple[list[Path], list[str]]:
+    """The data files in order, and the class folder of each (empty without class folders)."""
+    direct = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES and item.is_file())
+    if direct:
+        return direct, []
+    nested = sorted(item for item in path.glob("*/*") if item.suffix.lower() in SUFFIXES and item.is_file())
+    if not nested:
+        others = sorted(item.name for item in path.iterdir())[:3]
+        raise DataError(
+            "the folder holds no .npy or .npz files",
+            where=path.name,
+            why=f"found {quoted(others)}",
+            remedy="save the samples with np.save, one per file, or pass a .txt, .csv or .jsonl file",
+        )
+    return nested, [item.parent.name for item in nested]
+
+
+def _count_file(file: _File, inputs: Sequence[TensorSpec]) -> int:
+    if all(_is_lone_sample(file.arrays[spec.name].shape, spec) for spec in inputs):
+        for spec in inputs:
+            array = file.arrays[spec.name]
+            check_layout((1, *array.shape), array.dtype, spec, file.name)
+        return 1
+    for spec in inputs:
+        if _has_own_batch(file.arrays[spec.name].shape, spec):
+            check_layout(file.arrays[spec.name].shape, file.arrays[spec.name].dtype, spec, file.name)
+    return _count_rows(file, inputs)
+
+
+def _folder_labels(
+    files: Sequence[tuple[_File, Path]], counts: Sequence[int], folders: Sequence[str]
+) -> Labels | None:
+    stored = [file.labels for file, _ in files]
+    if all(labels is not None for labels in stored):
+        parts = [_read_labels(file, count) for (file, _), count in zip(files, counts, strict=True)]
+        return np.concatenate([part for part in parts if part is not None])
+    if any(labels is not None for labels in stored):
+        lacking = next(path.name for file, path in files if file.labels is None)
+        raise DataError(
+            "some files hold labels and some do not", where=lacking, remedy="label all files or none"
+        )
+    if not folders:
+        return None
+    names = sorted(set(folders))
+    return np.repeat([names.index(folder) for folder in folders], counts).astype(np.int64)

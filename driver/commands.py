@@ -1,0 +1,354 @@
+"""The command line as data: every command, argument and option with its help and examples.
+
+Both the argparse parsers (`options.build_parser`) and docs/commands.md are made from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..compress.recipe import CalibMethod, GoldenSource, Precision, Quantization, choices
+
+OptionKind = Literal["value", "integer", "flag", "append", "optional-list"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """A positional argument; `many` takes one or more."""
+
+    name: str
+    help: str
+    many: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option; its value is None (False for a flag) where it is not given."""
+
+    flags: tuple[str, ...]
+    help: str
+    kind: OptionKind = "value"
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command, or a group of them when it has `subcommands`."""
+
+    name: str
+    summary: str
+    description: str = ""
+    arguments: tuple[Argument, ...] = ()
+    options: tuple[Option, ...] = ()
+    examples: tuple[str, ...] = ()
+    subcommands: tuple[Command, ...] = ()
+
+
+EXIT_CODES = (
+    ("0", "done"),
+    ("1", "a bug in edgepress"),
+    ("2", "something passed in is wrong: the model, the data, a target, an option, the output place"),
+    ("3", "a limit or check was not met: drift, verification"),
+    ("4", "a runtime, an extra or a device is missing, or what was asked for is not supported yet"),
+    ("130", "interrupted (Ctrl-C or SIGTERM)"),
+)
+
+QUIET = Option(flags=("-q", "--quiet"), kind="flag", help="no progress and no notes, only warnings")
+VERBOSE = Option(
+    flags=("-v", "--verbose"), kind="flag", help="the time of every stage, and the trace of an error"
+)
+JSON = Option(flags=("--json",), kind="flag", help="one JSON document on stdout instead of tables")
+TARGET = Option(
+    flags=("--target",),
+    metavar="NAME",
+    help="a target's name (`edgepress targets list`) or the path of a profile of your own",
+)
+SET = Option(
+    flags=("--set",),
+    kind="append",
+    metavar="target.FIELD=VALUE",
+    help="change one field of the target's profile; may be repeated",
+)
+THREADS = Option(flags=("--threads",), kind="integer", metavar="N", help="threads that sessions run with")
+TOKENIZER = Option(
+    flags=("--tokenizer",),
+    metavar="PATH",
+    help="tokenizer.json or its folder, for text data; default: the one beside the model",
+)
+PREPROCESSOR = Option(
+    flags=("--preprocessor",),
+    metavar="PATH",
+    help="preprocessor_config.json or its folder, carried into the bundle",
+)
+SHAPE = Option(
+    flags=("--shape",),
+    kind="append",
+    metavar="NAME:1x128",
+    help="the shape of one input, for generated inputs and timing; may be repeated",
+)
+SAMPLES = Option(flags=("--samples",), kind="integer", metavar="N", help="use at most N samples")
+SEED = Option(
+    flags=("--seed",), kind="integer", metavar="N", help="seed of everything that is drawn; default 0"
+)
+MAX_DRIFT = Option(
+    flags=("--max-drift",),
+    metavar="[METRIC=]LIMIT[,…]",
+    help="drift limits, such as 1%, cosine=1%,flips=0.02 or sqnr=30dB",
+)
+TRUST_CODE = Option(
+    flags=("--trust-code",),
+    kind="flag",
+    help="allow Python code that comes with the model or data to run (module:function data)",
+)
+OUTPUT_BUNDLE = Option(
+    flags=("-o", "--output"), metavar="OUT", help="the bundle's folder; it must not exist yet"
+)
+COMMON = (JSON, QUIET, VERBOSE)
+
+COMPILE = Command(
+    name="compile",
+    summary="make a verified bundle for a target from a model",
+    description=(
+        "Reads a model, fuses and quantizes it for the target, measures its drift against the "
+        "untouched model, times both, and writes a bundle that carries all of that."
+    ),
+    arguments=(
+        Argument(name="MODEL", help="an .onnx file, a Hugging Face folder, or a hub id such as owner/name"),
+    ),
+    options=(
+        TARGET,
+        OUTPUT_BUNDLE,
+        Option(
+            flags=("--calib",),
+            metavar="DATA",
+            help="calibration data: .npz, a folder of .npy/.npz, .txt/.jsonl/.csv text, or module:function",
+        ),
+        Option(
+            flags=("--eval",),
+            metavar="DATA",
+            help="data that drift is measured on; default: a fifth of --calib, kept apart",
+        ),
+        SAMPLES,
+        Option(
+            flags=("--precision",),
+            choices=choices(Precision),
+            help="auto (default): the fastest plan inside the drift limit",
+        ),
+        Option(
+            flags=("--quantization",),
+            choices=choices(Quantization),
+            help="how INT8 activations get their scales; auto (default) lets the target decide",
+        ),
+        Option(
+            flags=("--calib-method",),
+            choices=choices(CalibMethod),
+            help="the range estimator of static quantization; default auto",
+        ),
+        Option(
+            flags=MAX_DRIFT.flags,
+            metavar=MAX_DRIFT.metavar,
+            help=MAX_DRIFT.help + "; default 1% of the model's own metric",
+        ),
+        Option(
+            flags=("--keep-float",),
+            kind="append",
+            metavar="REGEX",
+            help="keep nodes whose own or whose weight's name matches in float; may be repeated",
+        ),
+        SHAPE,
+        THREADS,
+        TOKENIZER,
+        PREPROCESSOR,
+        Option(
+            flags=("--recipe",),
+            metavar="FILE",
+            help="start from this recipe.toml; options given beside it win over it",
+        ),
+        SET,
+        Option(
+            flags=("--data-free",),
+            kind="flag",
+            help="calibrate and measure on generated inputs; every figure is stamped with it",
+        ),
+        TRUST_CODE,
+        Option(
+            flags=("--skip",),
+            kind="optional-list",
+            metavar="STAGE[,…]",
+            help="leave out drift, benchmark or golden; the bundle says so",
+        ),
+        Option(
+            flags=("--golden",),
+            choices=choices(GoldenSource),
+            help="golden samples in the bundle: generated from the seed (default) or your data",
+        ),
+        Option(
+            flags=("--overwrite",),
+            kind="flag",
+            help="replace an existing bundle, once the new one is whole",
+        ),
+        SEED,
+        Option(
+            flags=("--dry-run",),
+            kind="flag",
+            help="print the plan and the resolved recipe, write nothing",
+        ),
+        *COMMON,
+    ),
+    examples=(
+        "edgepress compile model.onnx --target host -o out --calib samples.npz",
+        "edgepress compile ./minilm --target raspberry-pi-5 -o out --calib sentences.txt --max-drift cosine=2%",
+        "edgepress compile model.onnx --target raspberry-pi-4 --data-free --dry-run",
+        "edgepress compile model.onnx --recipe out/recipe.toml -o again",
+    ),
+)
+
+INSPECT = Command(
+    name="inspect",
+    summary="show what is in a model or a bundle",
+    description=(
+        "Of a model: inputs, outputs, operators, weights, and with --target what a compile would do "
+        "and why each node stays float. Of a bundle: its manifest and its plan."
+    ),
+    arguments=(Argument(name="MODEL|BUNDLE", help="a model as for compile, or a bundle's folder"),),
+    options=(TARGET, SET, TRUST_CODE, *COMMON),
+    examples=(
+        "edgepress inspect model.onnx",
+        "edgepress inspect model.onnx --target raspberry-pi-5",
+        "edgepress inspect out --json",
+    ),
+)
+
+VERIFY = Command(
+    name="verify",
+    summary="check a bundle's digests and golden samples",
+    description=(
+        "Recomputes every digest of SHA256SUMS and runs the golden samples; exit code 3 if anything "
+        "differs by more than the tolerance that the manifest states."
+    ),
+    arguments=(Argument(name="BUNDLE", help="a bundle's folder"),),
+    options=COMMON,
+    examples=("edgepress verify out",),
+)
+
+RUN = Command(
+    name="run",
+    summary="run a bundle on inputs from a file",
+    description="Feeds the arrays of an .npz file to the bundle, with the bundle's own session options.",
+    arguments=(Argument(name="BUNDLE", help="a bundle's folder"),),
+    options=(
+        Option(flags=("--inputs",), metavar="FILE", help="an .npz file with one array for every input"),
+        Option(
+            flags=("-o", "--output"),
+            metavar="FILE",
+            help="write the outputs to this .npz file; default: print their shapes and ranges",
+        ),
+        Option(flags=("--overwrite",), kind="flag", help="replace an existing output file"),
+        THREADS,
+        *COMMON,
+    ),
+    examples=(
+        "edgepress run out --inputs sample.npz",
+        "edgepress run out --inputs sample.npz -o outputs.npz",
+    ),
+)
+
+DRIFT = Command(
+    name="drift",
+    summary="measure how far a candidate's outputs are from a baseline's",
+    description=(
+        "Runs both on the same data and compares their outputs; task metrics are added where the "
+        "data has labels. With --max-drift the exit code is 3 when a limit is exceeded."
+    ),
+    arguments=(
+        Argument(name="BASELINE", help="the reference: a model or a bundle"),
+        Argument(name="CANDIDATE", help="what is measured against it: a model or a bundle"),
+    ),
+    options=(
+        Option(flags=("--data",), metavar="DATA", help="evaluation data, in the forms of compile --calib"),
+        MAX_DRIFT,
+        SAMPLES,
+        SEED,
+        THREADS,
+        TOKENIZER,
+        TRUST_CODE,
+        *COMMON,
+    ),
+    examples=(
+        "edgepress drift model.onnx out --data test.npz",
+        "edgepress drift model.onnx out --data labelled.csv --max-drift cosine=1%,flips=2%",
+    ),
+)
+
+BENCHMARK = Command(
+    name="benchmark",
+    summary="time bundles and models on this machine",
+    description=(
+        "Times every candidate and the baseline in interleaved rounds with fresh sessions: p50, p90, "
+        "p99, throughput, load time and peak memory of the process itself."
+    ),
+    arguments=(Argument(name="BUNDLE|MODEL", help="one or more bundles or models", many=True),),
+    options=(
+        Option(
+            flags=("--baseline",), metavar="MODEL", help="what the others are compared with; default: the first"
+        ),
+        THREADS,
+        SHAPE,
+        SEED,
+        Option(
+            flags=("--rounds",),
+            kind="integer",
+            metavar="N",
+            help="interleaved rounds of fresh sessions",
+        ),
+        *COMMON,
+    ),
+    examples=(
+        "edgepress benchmark out --baseline model.onnx --shape input_ids:1x128 --shape attention_mask:1x128",
+        "edgepress benchmark out-a out-b --threads 4 --json",
+    ),
+)
+
+TARGETS = Command(
+    name="targets",
+    summary="list, show or probe targets",
+    subcommands=(
+        Command(
+            name="list",
+            summary="the targets that edgepress knows",
+            options=COMMON,
+            examples=("edgepress targets list",),
+        ),
+        Command(
+            name="show",
+            summary="one target's profile, as TOML",
+            arguments=(Argument(name="NAME", help="a target's name or the path of a profile"),),
+            options=(SET, *COMMON),
+            examples=(
+                "edgepress targets show raspberry-pi-5",
+                "edgepress targets show raspberry-pi-5 > my-board.toml",
+            ),
+        ),
+        Command(
+            name="probe",
+            summary="the profile of this machine, measured now",
+            options=COMMON,
+            examples=("edgepress targets probe > this-machine.toml",),
+        ),
+    ),
+)
+
+DOCTOR = Command(
+    name="doctor",
+    summary="check this installation and say what is missing",
+    description=(
+        "Checks Python, the packages and extras, the CPU's features, whether the runtime loads and "
+        "runs (in a process of its own), the cache folder and the disk."
+    ),
+    options=COMMON,
+    examples=("edgepress doctor",),
+)
+
+COMMANDS = (COMPILE, INSPECT, VERIFY, RUN, DRIFT, BENCHMARK, TARGETS, DOCTOR)

@@ -1,0 +1,226 @@
+"""From the words of a command line to typed values: the parsers, and the recipe that options make."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
+from ..compress.recipe import (
+    Recipe,
+    SkippableStage,
+    choices,
+    override,
+    parse_assignment,
+    parse_drift_limits,
+    parse_shape,
+    read_recipe,
+)
+from ..graph.errors import RecipeError
+from .commands import COMMANDS, EXIT_CODES, Argument, Command, Option
+
+# Options that set the recipe field of the same name without any conversion.
+_PLAIN_RECIPE_OPTIONS = (
+    *("target", "precision", "quantization", "calib_method", "threads", "samples", "seed", "golden"),
+    *("data_free", "trust_code"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are errors of the tree, with the nearest option named."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(
+            message,
+            where="the command line",
+            remedy=self._remedy(message),
+        )
+
+    def _remedy(self, message: str) -> str:
+        see = f"see `{self.prog} --help`"
+        unknown = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s=']+)", message)
+        if not unknown:
+            return see
+        known = [*self._option_string_actions, *re.findall(r"[a-z][a-z0-9-]*", message.partition("choose from")[2])]
+        near = difflib.get_close_matches(unknown[1], known, n=2)
+        return f"did you mean {' or '.join(near)}? {see}" if near else see
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line, made from `commands.COMMANDS`."""
+    parser = _Parser(
+        prog="edgepress",
+        description="Compile a real model for your own board: smaller, never slower, its drift measured.",
+        epilog=_epilog(
+            ("edgepress compile model.onnx --target host -o out --calib samples.npz", "edgepress doctor"),
+            "Exit codes:\n" + "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES),
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"edgepress {__version__}")
+    _add_commands(parser, COMMANDS, "command")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; `_` in an option's name counts as `-`.
+
+    Raises:
+        RecipeError: if the command line is not understood.
+        SystemExit: after --help or --version.
+    """
+    words = list(argv)
+    for index, word in enumerate(words):
+        if word == "--":
+            break
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            words[index] = name.replace("_", "-") + equals + value
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        # The command's own parser knows which options the word may have meant.
+        _command_parser(parser, arguments).error("unrecognized arguments: " + " ".join(unknown))
+    return arguments
+
+
+def recipe_from(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that `edgepress compile` was asked for: --recipe, then every option given over it.
+
+    Raises:
+        RecipeError: if no target is named, the file cannot be used, or an option's value is wrong.
+    """
+    if arguments.recipe is not None:
+        recipe = read_recipe(Path(arguments.recipe), target=arguments.target)
+    elif arguments.target is not None:
+        recipe = Recipe(target=arguments.target)
+    else:
+        raise RecipeError(
+            "no target is named",
+            where="--target",
+            remedy="add --target host, or one of `edgepress targets list`",
+        )
+    given: dict[str, object] = {}
+    for name in _PLAIN_RECIPE_OPTIONS:
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            given[name] = value
+    if arguments.max_drift is not None:
+        given["max_drift"] = parse_drift_limits(arguments.max_drift)
+    if arguments.keep_float is not None:
+        given["keep_float"] = tuple(arguments.keep_float)
+    if arguments.shape is not None:
+        given["shapes"] = {**recipe.shapes, **shapes_from(arguments.shape)}
+    if arguments.set is not None:
+        given["target_overrides"] = {**recipe.target_overrides, **overrides_from(arguments.set)}
+    if arguments.skip is not None:
+        given["skip"] = _stages(arguments.skip)
+    return override(recipe, given)
+
+
+def shapes_from(texts: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """The shapes of repeated --shape options, by input name.
+
+    Raises:
+        RecipeError: if one is malformed or an input is named twice.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts or ():
+        name, dims = parse_shape(text)
+        if name in shapes:
+            raise RecipeError(f"two shapes for {name!r}", where="--shape", remedy="give each input once")
+        shapes[name] = dims
+    return shapes
+
+
+def overrides_from(texts: Sequence[str] | None) -> dict[str, str]:
+    """The profile fields of repeated --set options, by their path below `target`.
+
+    Raises:
+        RecipeError: if one is not target.FIELD=VALUE.
+    """
+    return dict(parse_assignment(text) for text in texts or ())
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    known = choices(SkippableStage)
+    stages = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for stage in stages:
+        if stage not in known:
+            near = difflib.get_close_matches(stage, known, n=1)
+            raise RecipeError(
+                f"{stage!r} cannot be skipped",
+                where="--skip",
+                remedy=f"did you mean {near[0]}?" if near else f"give some of {', '.join(known)}",
+            )
+    return stages
+
+
+def _add_commands(parser: argparse.ArgumentParser, commands: Sequence[Command], dest: str) -> None:
+    group = parser.add_subparsers(dest=dest, metavar="COMMAND", required=True, parser_class=_Parser)
+    for command in commands:
+        child = group.add_parser(
+            command.name,
+            help=command.summary,
+            description=_escape(textwrap.fill(command.description or _sentence(command.summary), 96)),
+            epilog=_epilog(command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        child.set_defaults(parser=child)
+        for argument in command.arguments:
+            _add_argument(child, argument)
+        for option in command.options:
+            _add_option(child, option)
+        if command.subcommands:
+            _add_commands(child, command.subcommands, "subcommand")
+
+
+def _add_argument(parser: argparse.ArgumentParser, argument: Argument) -> None:
+    dest = argument.name.lower().replace("|", "_or_")
+    if argument.many:
+        parser.add_argument(dest, metavar=argument.name, nargs="+", help=_escape(argument.help))
+    else:
+        parser.add_argument(dest, metavar=argument.name, help=_escape(argument.help))
+
+
+def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    text = _escape(option.help)
+    if option.kind == "flag":
+        parser.add_argument(*option.flags, action="store_true", help=text)
+        return
+    parser.add_argument(
+        *option.flags,
+        action="append" if option.kind == "append" else "store",
+        type=int if option.kind == "integer" else str,
+        choices=option.choices or None,
+        metavar=None if option.choices else option.metavar,
+        help=text,
+    )
+
+
+def _command_parser(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.ArgumentParser:
+    chosen = getattr(arguments, "parser", parser)
+    return chosen if isinstance(chosen, argparse.ArgumentParser) else parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _escape(text: str) -> str:
+    """Text for argparse, which formats help with `%`."""
+    return text.replace("%", "%%")
+
+
+def _epilog(examples: Sequence[str], more: str = "") -> str:
+    parts = ["Examples:\n" + "\n".join(f"  {line}" for line in examples)] if examples else []
+    if more:
+        parts.append(more)
+    return "\n\n".join(parts)

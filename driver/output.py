@@ -1,0 +1,130 @@
+"""What a command answers on stdout: paragraphs and tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import IO, TYPE_CHECKING
+
+import msgspec
+
+from ..graph.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Output that goes into a file or a pipe is never wrapped: one row stays one line.
+_UNWRAPPED_COLUMNS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of text cells; the columns named in `numeric` are aligned to the right."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str | None = None
+    numeric: frozenset[str] = frozenset()
+
+
+Block = str | Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a command found out, in both forms, and the exit code that goes with it."""
+
+    document: object
+    blocks: Sequence[Block]
+    exit_code: int = EXIT_OK
+
+
+def write_answer(answer: Answer, *, as_json: bool, stream: IO[str]) -> None:
+    """Write the answer to `stream`; colour and wrapping only where it is a terminal."""
+    text = json_text(answer.document) if as_json else render(answer.blocks, stream)
+    encoding = stream.encoding or "utf-8"
+    # File names need not be printable in the stream's encoding; the answer still has to arrive.
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+def json_text(document: object) -> str:
+    """The document as indented JSON with a final newline."""
+    encoded = msgspec.json.encode(document, enc_hook=_plain, order="deterministic")
+    return msgspec.json.format(encoded, indent=2).decode() + "\n"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} cannot stand in an answer")
+
+
+def render(blocks: Sequence[Block], stream: IO[str]) -> str:
+    """The blocks as text, one empty line between them, laid out for `stream`."""
+    from rich.console import Console
+
+    terminal = stream.isatty()
+    text = io.StringIO()
+    console = Console(
+        file=text,
+        force_terminal=terminal,
+        width=Console(file=stream).width if terminal else _UNWRAPPED_COLUMNS,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+    for index, block in enumerate(blocks):
+        if index:
+            console.print()
+        if isinstance(block, str):
+            console.print(block, soft_wrap=True)
+        else:
+            _print_table(console, block)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def _print_table(console: Console, table: Table) -> None:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    if table.title:
+        console.print(Text(table.title, style="bold"))
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for column in table.columns:
+        numeric = column in table.numeric
+        drawn.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    console.print(drawn)
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size in units of 1000: "812 B", "22.9 MB"."""
+    value = float(size_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def format_ms(milliseconds: float) -> str:
+    """A duration with three significant digits: "11.8 ms", "0.412 ms"."""
+    if milliseconds <= 0:
+        return "0 ms"
+    digits = max(0, 2 - math.floor(math.log10(milliseconds)))
+    return f"{milliseconds:.{digits}f} ms"
+
+
+def format_percent(fraction: float) -> str:
+    """A fraction as per cent with three significant digits: "25.7 %", "0.0412 %"."""
+    if fraction == 0:
+        return "0 %"
+    if not math.isfinite(fraction):
+        return str(fraction)
+    digits = max(0, 2 - math.floor(math.log10(abs(fraction) * 100)))
+    return f"{fraction * 100:.{min(digits, 8)}f} %"

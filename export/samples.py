@@ -1,0 +1,175 @@
+"""Inputs made from a seed: shapes from a model's dynamic axes, indices inside their tables."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..graph.errors import ModelError
+from ..graph.model import Model, TensorSpec
+
+Array = npt.NDArray[np.generic]
+Feeds = dict[str, Array]
+
+_BATCHES = (1, 3, 2)
+# (lengths of sequence-like axes, sizes of the spatial axes of images), tried in this order: not
+# every graph takes short sequences or small images.
+_SIZES = (((16, 9, 24), (64, 96, 64)), ((128, 64, 96), (224, 256, 192)), ((1, 1, 1), (32, 32, 32)))
+# Operators that look rows up in a table: {position of the indices: position of the table}.
+_LOOKUPS: dict[tuple[str, str], dict[int, int]] = {
+    ("", "Gather"): {1: 0},
+    ("com.microsoft", "GatherBlockQuantized"): {1: 0},
+    ("com.microsoft", "EmbedLayerNormalization"): {0: 2, 1: 4},
+}
+_TRANSPARENT = frozenset({"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+_WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog")
+
+
+def candidate_inputs(
+    model: Model, *, seed: int, count: int = 3, shapes: Mapping[str, Sequence[int]] | None = None
+) -> Iterator[tuple[Feeds, ...]]:
+    """Sets of `count` generated samples with different batch and length sizes, likeliest first.
+
+    Floats are standard normal, indices uniform inside their table, masks one with a padded end
+    in the later rows, other integers 0 or 1, uint8 images 0 to 255.
+
+    Args:
+        model: gives names, types, shapes, and the tables that integer inputs index.
+        seed: equal seeds give equal samples.
+        count: samples in each set.
+        shapes: input name → sizes that dynamic axes take instead of the defaults (the batch axis
+            still varies from sample to sample).
+
+    Raises:
+        ModelError: if an input has no known type or rank, or is no tensor of numbers or text.
+    """
+    bounds = index_bounds(model)
+    for lengths, spatial in _SIZES:
+        samples = []
+        for index in range(count):
+            feeds = {}
+            for spec in model.inputs:
+                shape = _shape(spec, index, lengths, spatial, (shapes or {}).get(spec.name))
+                rng = np.random.default_rng([seed, index, zlib.crc32(spec.name.encode())])
+                feeds[spec.name] = _values(spec, shape, bounds.get(spec.name), rng)
+            samples.append(feeds)
+        yield tuple(samples)
+
+
+def index_bounds(model: Model) -> dict[str, int]:
+    """For each integer input that indexes a table of known size: the number of its rows.
+
+    Follows the input through casts and reshapes to Gather and the runtime's embedding operators;
+    the smallest table counts.
+    """
+    found = {}
+    for value in model.graph.inputs:
+        sizes = list(_table_sizes(value))
+        if value.name and sizes:
+            found[value.name] = min(sizes)
+    return found
+
+
+def _table_sizes(value: ir.Value) -> Iterator[int]:
+    queue, seen = [value], set()
+    while queue:
+        current = queue.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        for node, position in current.uses():
+            tables = _LOOKUPS.get((node.domain, node.op_type), {})
+            if position in tables:
+                attribute = node.attributes.get("axis", node.attributes.get("gather_axis"))
+                size = _rows(node.inputs[tables[position]], 0 if attribute is None else attribute.as_int())
+                if size is not None:
+                    yield size
+            elif node.op_type in _TRANSPARENT and position == 0:
+                queue.append(node.outputs[0])
+
+
+def _rows(table: ir.Value | None, axis: int) -> int | None:
+    """The size of a table along `axis`, also where it is stored quantized."""
+    while table is not None:
+        shape = table.const_value.shape if table.const_value is not None else table.shape
+        if shape is not None and isinstance(shape[axis], int):
+            return int(shape[axis])
+        producer = table.producer()
+        if producer is None or producer.op_type not in {"DequantizeLinear", "Identity", "Cast"}:
+            return None
+        table = producer.inputs[0]
+    return None
+
+
+def _shape(
+    spec: TensorSpec,
+    sample: int,
+    lengths: Sequence[int],
+    spatial: Sequence[int],
+    fixed: Sequence[int] | None,
+) -> tuple[int, ...]:
+    if spec.shape is None:
+        raise ModelError(
+            "an input has no known rank, so no golden sample can be generated for it",
+            where=f"input {spec.name!r}",
+            remedy="give its shape with --shape, use your own data with --golden data, or --skip golden",
+        )
+    is_image = len(spec.shape) >= 4 and spec.dtype in {"float32", "float16", "uint8"}
+    sizes = []
+    for axis, dimension in enumerate(spec.shape):
+        if isinstance(dimension, int):
+            sizes.append(dimension)
+        elif axis == 0:
+            first = fixed[0] if fixed and len(fixed) == len(spec.shape) else 1
+            sizes.append((first, *_BATCHES[1:])[sample % len(_BATCHES)])
+        elif fixed is not None and len(fixed) == len(spec.shape):
+            sizes.append(fixed[axis])
+        else:
+            table = spatial if is_image else lengths
+            sizes.append(table[sample % len(table)])
+    return tuple(sizes)
+
+
+def _values(spec: TensorSpec, shape: tuple[int, ...], bound: int | None, rng: np.random.Generator) -> Array:
+    is_mask = "mask" in spec.name.lower() and bound is None
+    if spec.dtype == "string":
+        return np.asarray(rng.choice(np.array(_WORDS), size=shape), dtype=object)
+    dtype = _numpy_dtype(spec)
+    if is_mask and (dtype.kind in "biu"):
+        return _mask(shape).astype(dtype)
+    if dtype.kind == "b":
+        return rng.integers(0, 2, size=shape).astype(dtype)
+    if dtype.kind in "iu":
+        high = bound or (256 if dtype == np.uint8 else 2)
+        return rng.integers(0, high, size=shape).astype(dtype)
+    return rng.standard_normal(size=shape).astype(dtype)
+
+
+def _mask(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Ones; in every row but the first of the batch the last third of the last axis is zero."""
+    mask = np.ones(shape, np.int64)
+    if len(shape) >= 2 and shape[-1] >= 3:
+        mask[1:, ..., shape[-1] - shape[-1] // 3 :] = 0
+    return mask
+
+
+def _numpy_dtype(spec: TensorSpec) -> np.dtype[np.generic]:
+    try:
+        return np.dtype(spec.dtype)
+    except TypeError:
+        pass
+    import ml_dtypes
+
+    extension = getattr(ml_dtypes, spec.dtype, None)
+    if extension is None:
+        raise ModelError(
+            "an input has a type that no golden sample can be generated for",
+            where=f"input {spec.name!r}",
+            why=f"its type is {spec.dtype}",
+            remedy="use your own data with --golden data, or --skip golden",
+        )
+    return np.dtype(extension)

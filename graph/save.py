@@ -1,0 +1,62 @@
+"""Write a `Model` as ONNX: the same bytes for the same graph, in every process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from .load import drop_metadata
+from .model import Model
+
+INLINE_LIMIT_BYTES = 1 << 30
+_EXTERNAL_TENSOR_BYTES = 1024
+_PRODUCER = "edgepress"
+
+
+def to_bytes(model: Model) -> bytes:
+    """The model with all weights as one ONNX protobuf (for models below 2 GB)."""
+    drop_metadata(model.ir)
+    proto = ir.to_proto(model.ir)
+    _sign(proto)
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data
+
+
+def save_model(model: Model, path: Path, *, external_threshold_bytes: int = INLINE_LIMIT_BYTES) -> list[Path]:
+    """Write `path`, and `path`.data beside it when the weights exceed the threshold.
+
+    Weights are streamed tensor by tensor into the data file, so that memory stays bounded by the
+    largest tensor. A mapped source file is never written over: choose another folder.
+
+    Args:
+        model: what to write.
+        path: the .onnx file to create.
+        external_threshold_bytes: weights of more bytes than this in total go to the data file.
+
+    Returns:
+        The files written.
+
+    Raises:
+        OSError: as the file system reports it (no space, not writable).
+    """
+    if model.weight_bytes <= external_threshold_bytes:
+        path.write_bytes(to_bytes(model))
+        return [path]
+    drop_metadata(model.ir)
+    data_name = f"{path.name}.data"
+    model.ir.producer_name, model.ir.producer_version = _PRODUCER, None
+    ir.save(
+        model.ir,
+        path,
+        external_data=data_name,
+        size_threshold_bytes=_EXTERNAL_TENSOR_BYTES,
+        max_workers=1,
+        max_in_flight_bytes=1 << 26,
+    )
+    return [path, path.parent / data_name]
+
+
+def _sign(proto: object) -> None:
+    proto.producer_name = _PRODUCER  # type: ignore[attr-defined]
+    proto.ClearField("producer_version")  # type: ignore[attr-defined]
