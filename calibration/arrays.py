@@ -7,31 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ..graph.errors import DataError
 from ..graph.model import TensorSpec
-from .schema import Array, Feeds, check_layout, content_key, draw, fit_array, match_names, quoted, stack
+from .schema import Array, Feeds, check_layout, fit_array, match_names, quoted
+from .source import Labels, Opened, class_indices, content_key, draw, stack
 from .stored import StoredArray, open_arrays
 
 SUFFIXES = (".npy", ".npz")
-Labels = npt.NDArray[np.int64]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Opened:
-    """What a reader found: a source and, for each sample drawn from it, position, identity and label.
-
-    `contents` and `identities` are 32-byte SHA-256 per sample: the exact content, and what counts
-    as the same sample (texts: case and white space apart).
-    """
-
-    source: ArraySource | FolderSource
-    positions: npt.NDArray[np.int64]
-    contents: tuple[bytes, ...]
-    labels: Labels | None
-    class_names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+_AS_THEY_ARE = "none (arrays are fed as they are)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,11 +28,21 @@ class _File:
     name: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _FileFacts:
+    """What is kept of each file of a folder; the file itself is closed again."""
+
+    count: int
+    labels: Labels | None
+    unused: tuple[str, ...]
+    name: str
+
+
 class ArraySource:
     """Rows of the arrays of one file; `rounded` is set once a float64 value had to be rounded."""
 
     sequential = False
-    padding = "none (arrays are fed as they are)"
+    padding = _AS_THEY_ARE
 
     def __init__(self, file: _File, inputs: Sequence[TensorSpec]) -> None:
         self.uniform = True
@@ -80,7 +74,7 @@ class FolderSource:
     """Files read one after another in order of their names; the last one stays open."""
 
     sequential = True
-    padding = "none (arrays are fed as they are)"
+    padding = _AS_THEY_ARE
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], inputs: Sequence[TensorSpec]) -> None:
         self.uniform = False
@@ -161,6 +155,7 @@ def open_array_file(path: Path, inputs: Sequence[TensorSpec], samples: int | Non
         source=source,
         positions=positions,
         contents=contents,
+        identities=contents,
         labels=None if labels is None else labels[positions],
         notes=_notes(file.unused, rounded=source.rounded),
     )
@@ -171,6 +166,12 @@ def _count_rows(file: _File, inputs: Sequence[TensorSpec]) -> int:
     for spec in inputs:
         array = file.arrays[spec.name]
         own = _has_own_batch(array.shape, spec)
+        if own and array.shape[1:2] not in ((1,), ()):
+            raise DataError(
+                f"each sample of input {spec.name!r} is a batch of {array.shape[1]}",
+                where=file.name,
+                remedy="save one sample per row: shape (samples, …) or (samples, 1, …)",
+            )
         check_layout(array.shape[1:] if own else array.shape, array.dtype, spec, file.name)
         if not array.shape:
             raise DataError(
@@ -192,29 +193,32 @@ def _count_rows(file: _File, inputs: Sequence[TensorSpec]) -> int:
 def _read_labels(file: _File, total: int) -> Labels | None:
     if file.labels is None:
         return None
-    return check_labels(file.labels.whole() if len(file.labels.shape) <= 1 else file.labels, total, file.name)
+    if len(file.labels.shape) != 1:
+        raise DataError(
+            f"labels have shape {file.labels.shape}",
+            where=file.name,
+            remedy="save one class index per sample: integers of shape (samples,)",
+        )
+    return check_labels(file.labels.whole(), total, file.name)
 
 
-def check_labels(labels: Array | StoredArray, total: int, where: str) -> Labels:
-    """Labels as int64, shape (total,).
+def check_labels(labels: Array, total: int, where: str) -> Labels:
+    """Labels of shape (samples,) as int64.
 
     Raises:
         DataError: if they are not integers, not one per sample, or negative.
     """
-    if labels.dtype.kind not in "iu" or isinstance(labels, StoredArray):
+    if labels.dtype.kind not in "iu":
         raise DataError(
-            f"labels are {labels.dtype.name} of shape {tuple(labels.shape)}",
-            where=where,
-            remedy="save one class index per sample: integers of shape (samples,)",
+            f"labels are {labels.dtype.name}", where=where, remedy="save class indices as integers"
         )
-    values = labels.reshape(-1)
-    if len(values) != total:
+    if len(labels) != total:
         raise DataError(
-            f"{len(values)} labels for {total} samples", where=where, remedy="save one label per sample"
+            f"{len(labels)} labels for {total} samples", where=where, remedy="save one label per sample"
         )
-    if total and int(values.min()) < 0:
+    if total and int(labels.min()) < 0:
         raise DataError("a label is negative", where=where, remedy="class indices start at 0")
-    return values.astype(np.int64)
+    return labels.astype(np.int64)
 
 
 def _notes(unused: Sequence[str], *, rounded: bool) -> tuple[str, ...]:
@@ -226,17 +230,22 @@ def _notes(unused: Sequence[str], *, rounded: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def open_folder(path: Path, inputs: Sequence[TensorSpec], samples: int | None, seed: int) -> Opened:
+def open_folder(
+    path: Path,
+    inputs: Sequence[TensorSpec],
+    samples: int | None,
+    seed: int,
+    classes: Sequence[str] = (),
+) -> Opened:
     """Open a folder of .npy/.npz files, one sample or one batch each; a sub-folder per class gives labels.
 
     Raises:
         DataError: if there are no such files, or one does not fit the inputs.
     """
     paths, folders = _list_folder(path)
-    files = [(_match_file(file, inputs), file) for file in paths]
-    counts = [_count_file(file, inputs) for file, _ in files]
-    labels = _folder_labels(files, counts, folders)
-    unused = sorted({name for file, _ in files for name in file.unused})
+    facts = [_describe_file(file, inputs) for file in paths]
+    counts = [fact.count for fact in facts]
+    labels, class_names, notes = _folder_labels(facts, folders, classes)
     source = FolderSource(paths, counts, inputs)
     positions = draw(sum(counts), samples, seed, sequential=True)
     contents = tuple(content_key(feeds) for feeds in source.read(positions.tolist(), 1))
@@ -244,9 +253,10 @@ def open_folder(path: Path, inputs: Sequence[TensorSpec], samples: int | None, s
         source=source,
         positions=positions,
         contents=contents,
+        identities=contents,
         labels=None if labels is None else labels[positions],
-        class_names=tuple(sorted(set(folders))),
-        notes=_notes(unused, rounded=source.rounded),
+        class_names=class_names,
+        notes=(*notes, *_notes(sorted({x for fact in facts for x in fact.unused}), rounded=source.rounded)),
     )
 
 
@@ -267,31 +277,36 @@ def _list_folder(path: Path) -> tuple[list[Path], list[str]]:
     return nested, [item.parent.name for item in nested]
 
 
-def _count_file(file: _File, inputs: Sequence[TensorSpec]) -> int:
+def _describe_file(path: Path, inputs: Sequence[TensorSpec]) -> _FileFacts:
+    file = _match_file(path, inputs)
     if all(_is_lone_sample(file.arrays[spec.name].shape, spec) for spec in inputs):
         for spec in inputs:
             array = file.arrays[spec.name]
             check_layout((1, *array.shape), array.dtype, spec, file.name)
-        return 1
-    for spec in inputs:
-        if _has_own_batch(file.arrays[spec.name].shape, spec):
+        count = 1
+    else:
+        # In a folder the leading axis of a file is the batch: an extra axis has no meaning here.
+        for spec in inputs:
             check_layout(file.arrays[spec.name].shape, file.arrays[spec.name].dtype, spec, file.name)
-    return _count_rows(file, inputs)
+        count = _count_rows(file, inputs)
+    return _FileFacts(count=count, labels=_read_labels(file, count), unused=file.unused, name=file.name)
 
 
 def _folder_labels(
-    files: Sequence[tuple[_File, Path]], counts: Sequence[int], folders: Sequence[str]
-) -> Labels | None:
-    stored = [file.labels for file, _ in files]
-    if all(labels is not None for labels in stored):
-        parts = [_read_labels(file, count) for (file, _), count in zip(files, counts, strict=True)]
-        return np.concatenate([part for part in parts if part is not None])
-    if any(labels is not None for labels in stored):
-        lacking = next(path.name for file, path in files if file.labels is None)
+    facts: Sequence[_FileFacts], folders: Sequence[str], classes: Sequence[str]
+) -> tuple[Labels | None, tuple[str, ...], tuple[str, ...]]:
+    """Labels (from the files, or else from the class folders), class names and notes."""
+    stored = [fact.labels for fact in facts if fact.labels is not None]
+    if len(stored) == len(facts):
+        return np.concatenate(stored), (), ()
+    if stored:
+        lacking = next(fact.name for fact in facts if fact.labels is None)
         raise DataError(
             "some files hold labels and some do not", where=lacking, remedy="label all files or none"
         )
     if not folders:
-        return None
-    names = sorted(set(folders))
-    return np.repeat([names.index(folder) for folder in folders], counts).astype(np.int64)
+        return None, (), ()
+    index, class_names, notes = class_indices(sorted(set(folders)), classes)
+    counts = [fact.count for fact in facts]
+    labels = np.repeat([index[folder] for folder in folders], counts).astype(np.int64)
+    return labels, class_names, notes

@@ -1,11 +1,10 @@
-"""Fitting arrays to a model's inputs: dtype, rank, static dimensions, finite values, content identity."""
+"""Fitting arrays to a model's inputs: dtype, rank, static dimensions, finite values."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,29 +14,6 @@ from ..graph.model import TensorSpec
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
-
-
-class SampleSource(Protocol):
-    """Where samples come from; every source can be read again and again."""
-
-    @property
-    def sequential(self) -> bool:
-        """Whether positions must be read in ascending order."""
-        ...
-
-    @property
-    def uniform(self) -> bool:
-        """Whether every sample has the same shapes."""
-        ...
-
-    @property
-    def padding(self) -> str:
-        """How samples of unequal length become one batch, in words."""
-        ...
-
-    def read(self, positions: Sequence[int], batch_size: int) -> Iterator[Feeds]:
-        """Feeds of `batch_size` samples at a time (the last one may hold fewer), batch axis first."""
-        ...
 
 
 def near_names(wanted: str, known: Iterable[str]) -> str:
@@ -102,8 +78,7 @@ def _same_kind(dtype: np.dtype[Any], target: np.dtype[Any]) -> bool:
 def _fits(shape: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
     """Whether a shape agrees with every static dimension but the first, which is the batch."""
     return len(shape) == len(wanted) and all(
-        not isinstance(want, int) or want == have
-        for have, want in zip(shape[1:], wanted[1:], strict=True)
+        not isinstance(want, int) or want == have for have, want in zip(shape[1:], wanted[1:], strict=True)
     )
 
 
@@ -220,53 +195,5 @@ def match_names(names: Sequence[str], inputs: Sequence[TensorSpec], where: str) 
         f"no data for input {missing[0]!r}{near_names(missing[0], names)}",
         where=where,
         why=f"the model's inputs are {quoted(spec.name for spec in inputs)}; the data holds {quoted(names)}",
-        remedy="name the arrays like the model's inputs (np.savez(file, name=array, …)); `labels` holds labels",
+        remedy="name the arrays like the model's inputs: np.savez(file, input_name=array)",
     )
-
-
-def content_key(feeds: Mapping[str, Array]) -> bytes:
-    """SHA-256 (32 bytes) of one sample's names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(feeds):
-        values = feeds[name]
-        digest.update(f"{name}\0{values.dtype.str}{values.shape}".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.digest()
-
-
-def stack(samples: Sequence[Feeds], where: str) -> Feeds:
-    """Join samples (batch axis 1 each) along the batch axis.
-
-    Raises:
-        DataError: if the samples' shapes differ beyond the batch axis.
-    """
-    if len(samples) == 1:
-        return samples[0]
-    joined = {}
-    for name in samples[0]:
-        parts = [sample[name] for sample in samples]
-        if len({part.shape for part in parts}) != 1 or parts[0].ndim == 0:
-            raise DataError(
-                f"samples of input {name!r} cannot be put in one batch",
-                where=where,
-                why=f"their shapes differ: {sorted({part.shape for part in parts})[:3]}",
-                remedy="use batch size 1, or pad the samples to one shape",
-            )
-        joined[name] = np.concatenate(parts)
-    return joined
-
-
-def draw(total: int, samples: int | None, seed: int, *, sequential: bool = False) -> npt.NDArray[np.int64]:
-    """Positions of `samples` out of `total`, shuffled by `seed` (files are often sorted by class).
-
-    Sequential sources get the same choice in ascending order.
-
-    Raises:
-        DataError: if there is nothing to draw from, or fewer than one sample is asked for.
-    """
-    if samples is not None and samples < 1:
-        raise DataError(f"{samples} samples asked for", remedy="pass --samples 1 or more")
-    if total == 0:
-        raise DataError("the data holds no samples", remedy="pass data with at least one sample")
-    chosen = np.random.default_rng([seed, 0xCA11]).permutation(total)[:samples]
-    return np.sort(chosen) if sequential else chosen

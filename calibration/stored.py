@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
-import os
 import tempfile
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,6 +20,10 @@ from .schema import Array
 # Compressed members up to this size are kept in memory, larger ones go to an unnamed file.
 IN_MEMORY_BYTES = 16 * 2**20
 _COPY_BYTES = 2**20
+_HEADER_BYTES = 2**16
+
+# A file that is opened for each read, an unnamed open file, or the bytes themselves.
+Content = Path | IO[bytes] | bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,9 @@ class StoredArray:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    file: IO[bytes]
+    content: Content
     offset_bytes: int
+    name: str
     fortran_order: bool = False
 
     def row(self, index: int) -> Array:
@@ -48,14 +54,30 @@ class StoredArray:
         return shaped.astype(self.dtype.newbyteorder("="), copy=False)
 
     def _read(self, offset_bytes: int, size_bytes: int) -> Array:
-        # An unmapped read: mapped pages would count as this process's memory and grow with the samples.
-        data = bytearray()
-        while len(data) < size_bytes:
-            part = os.pread(self.file.fileno(), size_bytes - len(data), offset_bytes + len(data))
-            if not part:
-                raise DataError("the array ends early", where=Path(str(self.file.name)).name)
-            data += part
+        data = read_at(self.content, offset_bytes, size_bytes)
+        if len(data) < size_bytes:
+            raise DataError("the array ends early", where=self.name, remedy="copy or write the file again")
         return np.frombuffer(data, self.dtype)
+
+
+def read_at(content: Content, offset_bytes: int, size_bytes: int) -> bytes:
+    """Up to `size_bytes` bytes from `offset_bytes` of a file (opened for this read), open file or bytes."""
+    if isinstance(content, bytes):
+        return content[offset_bytes : offset_bytes + size_bytes]
+    # Unmapped reads: mapped pages would count as this process's memory and grow with the samples.
+    if isinstance(content, Path):
+        with content.open("rb", buffering=0) as file:
+            return _read_fully(file, offset_bytes, size_bytes)
+    return _read_fully(content, offset_bytes, size_bytes)
+
+
+def _read_fully(file: IO[bytes], offset_bytes: int, size_bytes: int) -> bytes:
+    file.seek(offset_bytes)
+    parts = []
+    while size_bytes > 0 and (part := file.read(size_bytes)):
+        parts.append(part)
+        size_bytes -= len(part)
+    return b"".join(parts)
 
 
 def open_arrays(path: Path) -> dict[str, StoredArray]:
@@ -67,8 +89,7 @@ def open_arrays(path: Path) -> dict[str, StoredArray]:
     """
     try:
         if path.suffix.lower() == ".npy":
-            file = path.open("rb", buffering=0)
-            return {path.stem: _parse(file, 0, os.fstat(file.fileno()).st_size, path.name)}
+            return {path.stem: _parse(path, 0, path.stat().st_size, path.name)}
         return _open_npz(path)
     except FileNotFoundError as error:
         raise DataError("data file does not exist", where=path.name, remedy="check the path") from error
@@ -86,8 +107,8 @@ def _open_npz(path: Path) -> dict[str, StoredArray]:
                 if not member.filename.endswith(".npy"):
                     continue
                 where = f"{path.name}: {member.filename}"
-                file, start = _member_file(archive, member, path)
-                arrays[member.filename.removesuffix(".npy")] = _parse(file, start, member.file_size, where)
+                content, start = _member_content(archive, member, path)
+                arrays[member.filename.removesuffix(".npy")] = _parse(content, start, member.file_size, where)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         raise DataError(
             "not a readable .npz file",
@@ -98,17 +119,18 @@ def _open_npz(path: Path) -> dict[str, StoredArray]:
     return arrays
 
 
-def _member_file(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> tuple[IO[bytes], int]:
-    """An open file that holds the member's bytes uncompressed, and where they start."""
+def _member_content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> tuple[Content, int]:
+    """Where the member's bytes lie uncompressed, and at which offset."""
     encrypted = member.flag_bits & 1
     if member.compress_type == zipfile.ZIP_STORED and not encrypted:
-        file = path.open("rb", buffering=0)
-        header = os.pread(file.fileno(), 30, member.header_offset)
+        header = read_at(path, member.header_offset, 30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise zipfile.BadZipFile("member header is damaged")
         # Local header: 30 fixed bytes, then name and extra field, whose lengths stand at 26 and 28.
         name_bytes, extra_bytes = np.frombuffer(header, "<u2", 2, 26)
-        return file, member.header_offset + 30 + int(name_bytes) + int(extra_bytes)
+        return path, member.header_offset + 30 + int(name_bytes) + int(extra_bytes)
+    if member.file_size <= IN_MEMORY_BYTES:
+        return archive.read(member), 0
     unpacked: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the array
     with archive.open(member) as packed:
         while part := packed.read(_COPY_BYTES):
@@ -116,15 +138,15 @@ def _member_file(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
     return unpacked, 0
 
 
-def _parse(file: IO[bytes], start: int, size_bytes: int, where: str) -> StoredArray:
-    """Read the .npy header that begins at `start` of `file`."""
-    file.seek(start)
+def _parse(content: Content, start: int, size_bytes: int, where: str) -> StoredArray:
+    """Read the .npy header that begins at `start` of `content`."""
+    header = io.BytesIO(read_at(content, start, min(size_bytes, _HEADER_BYTES)))
     try:
-        version = np.lib.format.read_magic(file)
+        version = np.lib.format.read_magic(header)
         if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(header)
         elif version == (2, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(header)
         else:
             raise ValueError(f"version {version} of the .npy format is not read")
     except ValueError as error:
@@ -139,14 +161,22 @@ def _parse(file: IO[bytes], start: int, size_bytes: int, where: str) -> StoredAr
         )
     if dtype.names is not None:
         raise DataError("structured arrays are not read", where=where, remedy="save one array per input")
-    offset = file.tell()
-    if any(dim < 0 for dim in shape) or offset - start + math.prod(shape) * dtype.itemsize > size_bytes:
+    header_bytes = header.tell()
+    if any(dim < 0 for dim in shape) or header_bytes + math.prod(shape) * dtype.itemsize > size_bytes:
         raise DataError(
             "the array is truncated",
             where=where,
             why=f"its header promises {dtype.name} {shape}, the file holds {size_bytes} bytes",
             remedy="copy or write the file again",
         )
-    return StoredArray(
-        shape=tuple(shape), dtype=dtype, file=file, offset_bytes=offset, fortran_order=bool(fortran_order)
+    array = StoredArray(
+        shape=tuple(shape),
+        dtype=dtype,
+        content=content,
+        offset_bytes=start + header_bytes,
+        name=where,
+        fortran_order=bool(fortran_order),
     )
+    if not isinstance(content, (bytes, Path)):
+        weakref.finalize(array, content.close)
+    return array

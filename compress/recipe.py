@@ -1,4 +1,4 @@
-"""What is asked of a compile: the `Recipe`, its TOML form, and the small grammars of its options."""
+"""What is asked of a compile: the `Recipe`, its TOML form, and how a drift limit is written."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ CalibMethod = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 SkippableStage = Literal["drift", "benchmark", "golden"]
 GoldenSource = Literal["generated", "data"]
 
+# The names of calibration.drift.LIMIT_METRICS, which importing would make --help slow (a test compares).
+METRICS = ("cosine", "l2", "sqnr", "kl", "top1", "flips", "accuracy", "f1", "spearman")
+
 # A change to any other field makes the pinned choices answers to another question.
 _FIELDS_PINS_SURVIVE = frozenset({"schema_version", "skip", "golden", "trust_code", "pins"})
 
 _METRIC_NAME = re.compile(r"[a-z][a-z0-9_-]*", re.IGNORECASE)
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|\.[0-9]+(?:e[+-]?[0-9]+)?"
 _LIMIT = re.compile(rf"(?P<number>{_NUMBER})\s*(?P<unit>%|db)?", re.IGNORECASE)
-_SHAPE = re.compile(r"(?P<name>.+):(?P<dims>[^:]*)", re.DOTALL)
 
 
 class DriftLimit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +45,13 @@ class DriftLimit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     limit: float
 
     def __post_init__(self) -> None:
+        if self.metric is not None and self.metric not in METRICS:
+            near = difflib.get_close_matches(self.metric, METRICS, n=2, cutoff=0.5)
+            raise RecipeError(
+                f"unknown drift metric {self.metric!r}",
+                where="max_drift",
+                remedy=f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(METRICS)}",
+            )
         if not math.isfinite(self.limit) or self.limit < 0:
             raise RecipeError(
                 f"drift limit {self.limit!r} is not a number from 0 upwards",
@@ -117,6 +126,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if any(size < 1 for size in dims):
                 raise _bad_value(f"shapes.{name}", dims, "a list of sizes from 1 upwards")
         _check_metrics_once(self.max_drift)
+
+    @property
+    def override_texts(self) -> tuple[str, ...]:
+        """The overrides in the form of --set, as `targets.registry.load_target` takes them."""
+        return tuple(f"target.{field}={value}" for field, value in self.target_overrides.items())
 
 
 def read_recipe(path: Path, *, target: str | None = None) -> Recipe:
@@ -245,40 +259,6 @@ def parse_drift_limits(text: str) -> tuple[DriftLimit, ...]:
     limits = tuple(_parse_drift_limit(part.strip(), text) for part in text.split(","))
     _check_metrics_once(limits)
     return limits
-
-
-def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """Read `name:1x128` as an input name (which may itself hold colons) and its sizes.
-
-    Raises:
-        RecipeError: if the name or a size is missing, or a size is not a whole number from 1 upwards.
-    """
-    match = _SHAPE.fullmatch(text.strip())
-    parts = match["dims"].lower().split("x") if match else []
-    if not match or not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) > 0 for part in parts):
-        raise RecipeError(
-            f"{text!r} is not a shape",
-            where="--shape",
-            remedy="give the input's name and its sizes, such as --shape input_ids:1x128",
-        )
-    return match["name"], tuple(int(part) for part in parts)
-
-
-def parse_assignment(text: str) -> tuple[str, str]:
-    """Read `target.field=value` of --set as the field's dotted path below `target` and its value.
-
-    Raises:
-        RecipeError: if there is no "=", no field, or the path does not begin with "target.".
-    """
-    path, equals, value = text.partition("=")
-    prefix, dot, field = path.strip().partition(".")
-    if not equals or not dot or prefix != "target" or not field or not value.strip():
-        raise RecipeError(
-            f"{text!r} is not an override",
-            where="--set",
-            remedy="write --set target.FIELD=VALUE; `edgepress targets show NAME` lists the fields",
-        )
-    return field, value.strip()
 
 
 def _parse_drift_limit(part: str, whole: str) -> DriftLimit:

@@ -26,6 +26,7 @@ from ..graph.errors import (
     EdgepressError,
     InternalError,
     OutputError,
+    RuntimeUnavailable,
     Unavailable,
 )
 from .options import parse_arguments
@@ -71,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, verbose)
     except MemoryError as error:
         return _report(_out_of_memory(error), verbose)
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "edgepress"):
+            return _report_bug(error, words, verbose)
+        return _report(_broken_package(package, error), verbose)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _report_bug(error, words, verbose)
@@ -172,6 +178,14 @@ def _out_of_memory(error: MemoryError) -> EdgepressError:
         "there is not enough memory for this",
         why=str(error) or None,
         remedy="close other programs, lower --samples, or use a machine with more memory",
+    )
+
+
+def _broken_package(package: str, error: ImportError) -> EdgepressError:
+    return RuntimeUnavailable(
+        f"the package {package!r} is missing or cannot be loaded",
+        why=str(error),
+        remedy="run `edgepress doctor`, which says what to install",
     )
 
 

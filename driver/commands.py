@@ -100,7 +100,7 @@ MAX_DRIFT = Option(
 TRUST_CODE = Option(
     flags=("--trust-code",),
     kind="flag",
-    help="allow Python code that comes with the model or data to run (module:function data)",
+    help="run Python code that comes with a local model folder; code from the hub is never fetched",
 )
 OUTPUT_BUNDLE = Option(
     flags=("-o", "--output"), metavar="OUT", help="the bundle's folder; it must not exist yet"
@@ -199,7 +199,7 @@ COMPILE = Command(
     ),
     examples=(
         "edgepress compile model.onnx --target host -o out --calib samples.npz",
-        "edgepress compile ./minilm --target raspberry-pi-5 -o out --calib sentences.txt --max-drift cosine=2%",
+        "edgepress compile ./minilm --target raspberry-pi-5 -o out --calib text.txt --max-drift cosine=2%",
         "edgepress compile model.onnx --target raspberry-pi-4 --data-free --dry-run",
         "edgepress compile model.onnx --recipe out/recipe.toml -o again",
     ),
@@ -292,7 +292,9 @@ BENCHMARK = Command(
     arguments=(Argument(name="BUNDLE|MODEL", help="one or more bundles or models", many=True),),
     options=(
         Option(
-            flags=("--baseline",), metavar="MODEL", help="what the others are compared with; default: the first"
+            flags=("--baseline",),
+            metavar="MODEL",
+            help="what the others are compared with; default: the first",
         ),
         THREADS,
         SHAPE,

@@ -16,9 +16,7 @@ from ..compress.recipe import (
     SkippableStage,
     choices,
     override,
-    parse_assignment,
     parse_drift_limits,
-    parse_shape,
     read_recipe,
 )
 from ..graph.errors import RecipeError
@@ -29,6 +27,7 @@ _PLAIN_RECIPE_OPTIONS = (
     *("target", "precision", "quantization", "calib_method", "threads", "samples", "seed", "golden"),
     *("data_free", "trust_code"),
 )
+_SHAPE = re.compile(r"(?P<name>.+):(?P<dims>[^:]*)", re.DOTALL)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,7 +45,10 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.search(r"(?:unrecognized arguments: |invalid choice: ')([^\s=']+)", message)
         if not unknown:
             return see
-        known = [*self._option_string_actions, *re.findall(r"[a-z][a-z0-9-]*", message.partition("choose from")[2])]
+        known = [
+            *self._option_string_actions,
+            *re.findall(r"[a-z][a-z0-9-]*", message.partition("choose from")[2]),
+        ]
         near = difflib.get_close_matches(unknown[1], known, n=2)
         return f"did you mean {' or '.join(near)}? {see}" if near else see
 
@@ -86,7 +88,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(words)
     if unknown:
         # The command's own parser knows which options the word may have meant.
-        _command_parser(parser, arguments).error("unrecognized arguments: " + " ".join(unknown))
+        arguments.parser.error("unrecognized arguments: " + " ".join(unknown))
+    if arguments.quiet and arguments.verbose:
+        arguments.parser.error("-q and -v contradict each other")
     return arguments
 
 
@@ -148,6 +152,40 @@ def overrides_from(texts: Sequence[str] | None) -> dict[str, str]:
     return dict(parse_assignment(text) for text in texts or ())
 
 
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """Read `name:1x128` as an input name (which may itself hold colons) and its sizes.
+
+    Raises:
+        RecipeError: if the name or a size is missing, or a size is not a whole number from 1 upwards.
+    """
+    match = _SHAPE.fullmatch(text.strip())
+    parts = match["dims"].lower().split("x") if match else []
+    if not match or not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) > 0 for part in parts):
+        raise RecipeError(
+            f"{text!r} is not a shape",
+            where="--shape",
+            remedy="give the input's name and its sizes, such as --shape input_ids:1x128",
+        )
+    return match["name"], tuple(int(part) for part in parts)
+
+
+def parse_assignment(text: str) -> tuple[str, str]:
+    """Read `target.field=value` of --set as the field's dotted path below `target` and its value.
+
+    Raises:
+        RecipeError: if there is no "=", no field, or the path does not begin with "target.".
+    """
+    path, equals, value = text.partition("=")
+    prefix, dot, field = path.strip().partition(".")
+    if not equals or not dot or prefix != "target" or not field or not value.strip():
+        raise RecipeError(
+            f"{text!r} is not an override",
+            where="--set",
+            remedy="write --set target.FIELD=VALUE; `edgepress targets show NAME` lists the fields",
+        )
+    return field, value.strip()
+
+
 def _stages(text: str) -> tuple[str, ...]:
     known = choices(SkippableStage)
     stages = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -203,11 +241,6 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
         metavar=None if option.choices else option.metavar,
         help=text,
     )
-
-
-def _command_parser(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.ArgumentParser:
-    chosen = getattr(arguments, "parser", parser)
-    return chosen if isinstance(chosen, argparse.ArgumentParser) else parser
 
 
 def _sentence(text: str) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
@@ -42,7 +42,7 @@ class Answer:
     exit_code: int = EXIT_OK
 
 
-def write_answer(answer: Answer, *, as_json: bool, stream: IO[str]) -> None:
+def write_answer(answer: Answer, *, as_json: bool, stream: TextIO) -> None:
     """Write the answer to `stream`; colour and wrapping only where it is a terminal."""
     text = json_text(answer.document) if as_json else render(answer.blocks, stream)
     encoding = stream.encoding or "utf-8"
@@ -63,7 +63,7 @@ def _plain(value: object) -> object:
     raise TypeError(f"a {type(value).__name__} cannot stand in an answer")
 
 
-def render(blocks: Sequence[Block], stream: IO[str]) -> str:
+def render(blocks: Sequence[Block], stream: TextIO) -> str:
     """The blocks as text, one empty line between them, laid out for `stream`."""
     from rich.console import Console
 
@@ -79,9 +79,9 @@ def render(blocks: Sequence[Block], stream: IO[str]) -> str:
     )
     for index, block in enumerate(blocks):
         if index:
-            console.print()
+            text.write("\n")
         if isinstance(block, str):
-            console.print(block, soft_wrap=True)
+            text.write(block + "\n")
         else:
             _print_table(console, block)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
@@ -93,7 +93,7 @@ def _print_table(console: Console, table: Table) -> None:
 
     if table.title:
         console.print(Text(table.title, style="bold"))
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in table.columns:
         numeric = column in table.numeric
         drawn.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")

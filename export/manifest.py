@@ -11,16 +11,15 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from ..graph.errors import ModelError
+from ..graph.errors import ModelError, NotSupported
 from ..graph.model import Origin, Task, TensorSpec
+from ..targets.profile import Evidence
 
 SCHEMA_VERSION = 1
-FORMAT = "edgepress-bundle"
 
 # C#'s enum has no ORT_ENABLE_LAYOUT; ORT_ENABLE_ALL is what a session does without being told.
 GraphOptimizationLevel = Literal["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"]
 DEFAULT_LEVEL = "ORT_ENABLE_ALL"
-Evidence = Literal["measured-on-target", "measured-elsewhere", "modelled", "none"]
 
 # Config entries steer numerics and speed only. A bundle comes from strangers: entries that name a
 # file (profiles, external initializers, optimized models, state) are not in this list.
@@ -142,7 +141,9 @@ class PrecisionSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     operators: dict[str, int]
 
 
-class OutputTolerance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class OutputTolerance(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """How far a golden output may be from its record: measured drift, and the limits made of it.
 
     Floating outputs have `cosine_distance` and `relative_l2`, others `mismatch_fraction`, each as
@@ -182,7 +183,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     preprocessor files below `assets/`. `stamps` mark every figure of the bundle ("data-free").
     """
 
-    format: Literal["edgepress-bundle"] = FORMAT
+    format: Literal["edgepress-bundle"] = "edgepress-bundle"
     schema_version: int = SCHEMA_VERSION
     model: ModelRecord
     source: Origin
@@ -203,6 +204,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name in (self.source.name, *self.source.files, *(record.name for record in self.data)):
             if name.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", name):
                 raise ValueError(f"{name!r} is a path of one machine, not a name")
+        if self.golden is not None:
+            measured = [tolerance.name for tolerance in self.golden.tolerances]
+            if measured != [spec.name for spec in self.model.outputs]:
+                raise ValueError("golden.tolerances do not name the model's outputs in order")
 
 
 def package_versions(*used: str) -> dict[str, str]:
@@ -233,8 +238,8 @@ def decode_manifest(data: bytes, *, where: str) -> Manifest:
     """Read a manifest from JSON; `where` names its file in errors.
 
     Raises:
-        ModelError: if it is not JSON, of a newer schema version, has an unknown key, or a value
-            of the wrong type.
+        ModelError: if it is not JSON, has an unknown key, or a value of the wrong type.
+        NotSupported: if its schema version is newer than this edgepress.
     """
     _refuse_other_version(data, where)
     try:
@@ -260,7 +265,7 @@ def _refuse_other_version(data: bytes, where: str) -> None:
         return
     version = head.get("schema_version") if isinstance(head, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise ModelError(
+        raise NotSupported(
             f"the bundle has schema version {version}, this edgepress reads up to {SCHEMA_VERSION}",
             where=where,
             remedy="upgrade edgepress: pip install --upgrade edgepress",

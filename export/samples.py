@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ _BATCHES = (1, 3, 2)
 # (lengths of sequence-like axes, sizes of the spatial axes of images), tried in this order: not
 # every graph takes short sequences or small images.
 _SIZES = (((16, 9, 24), (64, 96, 64)), ((128, 64, 96), (224, 256, 192)), ((1, 1, 1), (32, 32, 32)))
+_PROBE_LENGTHS = (64, 128, 32, 96, 48, 112, 24, 80)
 # Operators that look rows up in a table: {position of the indices: position of the table}.
 _LOOKUPS: dict[tuple[str, str], dict[int, int]] = {
     ("", "Gather"): {1: 0},
@@ -47,17 +48,40 @@ def candidate_inputs(
     Raises:
         ModelError: if an input has no known type or rank, or is no tensor of numbers or text.
     """
-    bounds = index_bounds(model)
     for lengths, spatial in _SIZES:
-        samples = []
-        for index in range(count):
-            feeds = {}
-            for spec in model.inputs:
-                shape = _shape(spec, index, lengths, spatial, (shapes or {}).get(spec.name))
-                rng = np.random.default_rng([seed, index, zlib.crc32(spec.name.encode())])
-                feeds[spec.name] = _values(spec, shape, bounds.get(spec.name), rng)
-            samples.append(feeds)
-        yield tuple(samples)
+        yield _samples(model, seed, range(count), sizes=(lengths, spatial), shapes=shapes or {})
+
+
+def probe_inputs(
+    model: Model, *, seed: int, shapes: Mapping[str, Sequence[int]] | None = None
+) -> tuple[Feeds, ...]:
+    """Eight further samples, mostly longer than the golden ones; not every model takes them all.
+
+    Raises:
+        ModelError: as `candidate_inputs`.
+    """
+    sizes = (_PROBE_LENGTHS, _SIZES[0][1])
+    return _samples(model, seed, range(len(_PROBE_LENGTHS)), sizes=sizes, shapes=shapes or {})
+
+
+def _samples(
+    model: Model,
+    seed: int,
+    indices: Iterable[int],
+    *,
+    sizes: tuple[Sequence[int], Sequence[int]],
+    shapes: Mapping[str, Sequence[int]],
+) -> tuple[Feeds, ...]:
+    bounds = index_bounds(model)
+    samples = []
+    for index in indices:
+        feeds = {}
+        for spec in model.inputs:
+            shape = _shape(spec, index, sizes, shapes.get(spec.name))
+            rng = np.random.default_rng([seed, index, zlib.crc32(spec.name.encode())])
+            feeds[spec.name] = _values(spec, shape, bounds.get(spec.name), rng)
+        samples.append(feeds)
+    return tuple(samples)
 
 
 def index_bounds(model: Model) -> dict[str, int]:
@@ -96,8 +120,9 @@ def _rows(table: ir.Value | None, axis: int) -> int | None:
     """The size of a table along `axis`, also where it is stored quantized."""
     while table is not None:
         shape = table.const_value.shape if table.const_value is not None else table.shape
-        if shape is not None and isinstance(shape[axis], int):
-            return int(shape[axis])
+        size = None if shape is None else shape[axis]
+        if isinstance(size, int):
+            return size
         producer = table.producer()
         if producer is None or producer.op_type not in {"DequantizeLinear", "Identity", "Cast"}:
             return None
@@ -108,8 +133,7 @@ def _rows(table: ir.Value | None, axis: int) -> int | None:
 def _shape(
     spec: TensorSpec,
     sample: int,
-    lengths: Sequence[int],
-    spatial: Sequence[int],
+    defaults: tuple[Sequence[int], Sequence[int]],
     fixed: Sequence[int] | None,
 ) -> tuple[int, ...]:
     if spec.shape is None:
@@ -129,7 +153,7 @@ def _shape(
         elif fixed is not None and len(fixed) == len(spec.shape):
             sizes.append(fixed[axis])
         else:
-            table = spatial if is_image else lengths
+            table = defaults[1 if is_image else 0]
             sizes.append(table[sample % len(table)])
     return tuple(sizes)
 
@@ -172,4 +196,5 @@ def _numpy_dtype(spec: TensorSpec) -> np.dtype[np.generic]:
             why=f"its type is {spec.dtype}",
             remedy="use your own data with --golden data, or --skip golden",
         )
-    return np.dtype(extension)
+    dtype: np.dtype[np.generic] = np.dtype(extension)
+    return dtype

@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 5.0
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}")
-_FILE_ENDINGS = frozenset(
-    (
-        ".bin .ckpt .engine .gguf .h5 .hdf5 .json .keras .msgpack .npz .onnx .ort .pb .pkl .plan .pt .pt2 .pth "
-        ".py .safetensors .tflite .toml .zip"
-    ).split()
+_FILE_ENDINGS = re.compile(
+    r"\.(bin|ckpt|engine|gguf|h5|hdf5|json|keras|msgpack|npz|onnx|ort|pb|pkl|plan|pt|pt2|pth|py|safetensors"
+    r"|tflite|toml|zip)",
+    re.IGNORECASE,
 )
 # Exact names or names with a shard number: "*.safetensors" would also fetch precision variants.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
@@ -34,9 +33,9 @@ def is_hub_id(reference: str) -> bool:
     """
     if not _HUB_ID.fullmatch(reference) or "--" in reference or ".." in reference:
         return False
-    if Path(reference).suffix.lower() in _FILE_ENDINGS:
+    if _FILE_ENDINGS.fullmatch(Path(reference).suffix):
         return False
-    return not Path(reference.split("/")[0]).is_dir()
+    return not Path(reference.partition("/")[0]).is_dir()
 
 
 def fetch(hub_id: str, *, cache_folder: Path | None, offline: bool) -> Path:
@@ -55,6 +54,9 @@ def fetch(hub_id: str, *, cache_folder: Path | None, offline: bool) -> Path:
     try:
         import huggingface_hub
         from huggingface_hub import errors
+
+        # The transport's base class, whichever HTTP library this version of the hub stands on.
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
     except ImportError as error:
         raise RuntimeUnavailable(
             "the huggingface_hub package is not installed", remedy="pip install 'edgepress[hf]'"
@@ -80,7 +82,7 @@ def fetch(hub_id: str, *, cache_folder: Path | None, offline: bool) -> Path:
                 ) from error
             _require_safetensors(hub_id, info)
             return _download(hub_id, info.sha, cache_folder)
-        except (errors.HTTPError, ConnectionError, TimeoutError) as error:
+        except (HTTPError, ConnectionError, TimeoutError) as error:
             why = f"the hub cannot be reached ({type(error).__name__})"
             return _cached(hub_id, cache_folder, why=why)
 
@@ -88,7 +90,7 @@ def fetch(hub_id: str, *, cache_folder: Path | None, offline: bool) -> Path:
 def _download(hub_id: str, revision: str | None, cache_folder: Path | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

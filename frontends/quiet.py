@@ -48,7 +48,8 @@ def _loggers() -> list[logging.Logger]:
     """The noisy libraries' loggers that print by themselves, and their roots."""
     found = [logging.getLogger(name) for name in _NOISY]
     for name, logger in sorted(logging.root.manager.loggerDict.items()):
-        if name.split(".")[0] in _NOISY and name not in _NOISY and isinstance(logger, logging.Logger):
-            if any(type(handler) is logging.StreamHandler for handler in logger.handlers):
-                found.append(logger)
+        if name in _NOISY or name.partition(".")[0] not in _NOISY or not isinstance(logger, logging.Logger):
+            continue
+        if any(type(handler) is logging.StreamHandler for handler in logger.handlers):
+            found.append(logger)
     return found

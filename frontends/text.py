@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ class TextEncoder:
         pad_id: int | None,
         pad_type_id: int,
         padding_side: str,
+        fixed_length: int | None,
         files: dict[str, Path],
     ) -> None:
         self.max_length = max_length
@@ -60,10 +62,13 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._pad_id = pad_id
         self._pad_type_id = pad_type_id
+        self._fixed_length = fixed_length
         self._pad_left = padding_side == "left"
 
     @classmethod
-    def load(cls, path: Path) -> TextEncoder:
+    def load(
+        cls, path: Path, *, most_tokens: int | None = None, fixed_length: int | None = None
+    ) -> TextEncoder:
         """Load a tokenizer from its folder or its tokenizer.json.
 
         `max_length` is the smallest of tokenizer_config.json's model_max_length, the position
@@ -72,6 +77,9 @@ class TextEncoder:
 
         Args:
             path: a folder that holds tokenizer.json, or that file.
+            most_tokens: a further limit, of a model whose config is not in that folder.
+            fixed_length: the sequence length of a model without a dynamic sequence axis: every
+                text is cut and padded to it.
 
         Raises:
             ModelError: if there is no tokenizer.json, or it cannot be read.
@@ -82,7 +90,8 @@ class TextEncoder:
         settings = optional_config(folder, "tokenizer_config.json")
         model_config = optional_config(folder, "config.json")
         tokenizer = _read_tokenizer(file)
-        max_length = _max_length(tokenizer, folder, settings, model_config)
+        limits = [limit for limit in (most_tokens, fixed_length) if limit is not None]
+        max_length = min(_max_length(tokenizer, folder, settings, model_config), *limits, _NO_LIMIT)
         pad_id = _pad_id(tokenizer, folder, settings, model_config)
         _set_truncation(tokenizer, file, max_length, settings)
         tokenizer.no_padding()
@@ -92,6 +101,7 @@ class TextEncoder:
             max_length=max_length,
             pad_id=pad_id,
             pad_type_id=_integer(settings.get("pad_token_type_id")) or 0,
+            fixed_length=fixed_length,
             padding_side=str(settings.get("padding_side", "right")),
             files={"tokenizer.json": file} | {k: v for k, v in found.items() if k in _TOKENIZER_FILES},
         )
@@ -103,7 +113,7 @@ class TextEncoder:
         *,
         names: Sequence[str] | None = None,
     ) -> dict[str, npt.NDArray[np.int64]]:
-        """Tokenize a batch, padded to its longest text and cut at `max_length`.
+        """Tokenize a batch, cut at `max_length` and padded to its longest text (or the fixed length).
 
         Args:
             texts: the sentences, at least one; an empty sentence is allowed.
@@ -115,8 +125,8 @@ class TextEncoder:
 
         Raises:
             DataError: if there is no text, the pairs do not match, an item is no string, a name
-                is not one that a tokenizer makes, or texts of different length need padding and
-                the tokenizer names no padding token.
+                is not one that a tokenizer makes, a pair cannot be cut to `max_length`, or texts
+                of different length need padding and the tokenizer names no padding token.
         """
         wanted = tuple(_ARRAYS) if names is None else tuple(names)
         unknown = [name for name in wanted if name not in _ARRAYS]
@@ -128,6 +138,13 @@ class TextEncoder:
             )
         encodings = self._tokenizer.encode_batch(_batch(texts, text_pairs))
         length = max(len(encoding.ids) for encoding in encodings)
+        if length > self.max_length:  # the tokenizer gives up cutting without a word
+            raise DataError(
+                "a pair of texts cannot be cut to the model's length",
+                why=f"max_length {self.max_length} leaves no room beside the special tokens of a pair",
+                remedy="encode the texts one by one, or raise model_max_length in tokenizer_config.json",
+            )
+        length = self._fixed_length or length
         return {name: self._array(encodings, name, length) for name in wanted}
 
     def _array(self, encodings: Iterable[Encoding], name: str, length: int) -> npt.NDArray[np.int64]:
@@ -211,7 +228,7 @@ def _read_tokenizer(file: Path) -> Tokenizer:
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError("the tokenizer cannot be read", where=str(file), why=str(error)) from error
-    except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception for a bad file
+    except Exception as error:  # the Rust library raises plain Exception for a bad file
         raise ModelError(
             "the tokenizer file is damaged or of another format",
             where=str(file),
@@ -236,7 +253,10 @@ def _max_length(tokenizer: Tokenizer, folder: Path, settings: Config, model_conf
 
 def _set_truncation(tokenizer: Tokenizer, file: Path, max_length: int, settings: Config) -> None:
     side = settings.get("truncation_side", "right")
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
     try:
+        if max_length <= special:
+            raise ValueError(f"{special} special tokens leave no room for a text")
         tokenizer.enable_truncation(max_length, direction=side)
     except (ValueError, TypeError, OverflowError) as error:
         raise ModelError(
@@ -262,6 +282,6 @@ def _pad_id(tokenizer: Tokenizer, folder: Path, settings: Config, model_config: 
 
 
 def _integer(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return int(value) if value == value and abs(value) < 1e40 else None
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -62,7 +63,13 @@ class LiftOpset(Pass):
         from onnxscript import version_converter
 
         before = model.opset
-        version_converter.convert_version(model.ir, self.minimum, fallback=True)
+        converter_log = logging.getLogger("onnxscript.version_converter")
+        level = converter_log.level
+        converter_log.setLevel(logging.ERROR)  # it warns that it falls back to onnx's own converter
+        try:
+            version_converter.convert_version(model.ir, self.minimum, fallback=True)
+        finally:
+            converter_log.setLevel(level)
         if model.opset < self.minimum:
             outcome.refuse("graph", "opset", f"operator set {before} could not be lifted to {self.minimum}")
         else:

@@ -204,7 +204,8 @@ class Editor:
         inputs: Sequence[ir.Value | None],
         attributes: Attributes | None = None,
         *,
-        before: ir.Node,
+        before: ir.Node | None = None,
+        after: ir.Node | None = None,
         stem: str,
         like: ir.Value | None = None,
         dtype: ir.DataType | None = None,
@@ -212,13 +213,14 @@ class Editor:
         outputs: int = 1,
         domain: str = "",
     ) -> ir.Node:
-        """Insert a node in front of `before`; `like` lends its first output a type and shape.
+        """Insert a node in front of `before` or behind `after`.
 
         Args:
             op_type: the operator.
             inputs: its inputs, None for an absent optional one.
             attributes: plain Python values.
             before: the node in front of which it stands (same graph).
+            after: the node behind which it stands, if `before` is not given.
             stem: wish for the node's and the output's name.
             like: a value whose dtype and shape the first output has.
             dtype: overrides the dtype of `like`.
@@ -240,7 +242,12 @@ class Editor:
             first.shape = shape.copy()
         if domain and domain not in self.model.graph.opset_imports:
             self.model.graph.opset_imports[domain] = 1
-        before.prepend(node)
+        if before is not None:
+            before.prepend(node)
+        elif after is not None:
+            after.append(node)
+        else:
+            raise ValueError("a new node needs a neighbour")
         return node
 
     def value(
@@ -249,7 +256,8 @@ class Editor:
         inputs: Sequence[ir.Value | None],
         attributes: Attributes | None = None,
         *,
-        before: ir.Node,
+        before: ir.Node | None = None,
+        after: ir.Node | None = None,
         stem: str,
         like: ir.Value | None = None,
         dtype: ir.DataType | None = None,
@@ -262,6 +270,7 @@ class Editor:
             inputs,
             attributes,
             before=before,
+            after=after,
             stem=stem,
             like=like,
             dtype=dtype,

@@ -54,6 +54,7 @@ def load_model(path: Path, *, task: Task | None = None) -> Model:
     _adopt_weights(model, data_files)
     del proto
     model.ir_version = max(model.ir_version, 8)
+    stock.NameFixPass()(model)  # decisions refer to nodes by name: none may be empty or double
     drop_metadata(model)
     files = {path.name: file_digest(path)}
     files |= {name: file_digest(source.path) for name, source in sorted(data_files.items())}

@@ -1,19 +1,19 @@
-"""The recipe: TOML round trip, refusals with their path, drift limits, shapes, overrides and pins."""
+"""The recipe: TOML round trip, refusals with their path, drift limits, overrides and pins."""
 
 import math
 
 import msgspec
 import pytest
+from edgepress.calibration.drift import LIMIT_METRICS
 from edgepress.compress.recipe import (
+    METRICS,
     SCHEMA_VERSION,
     DriftLimit,
     Pins,
     Recipe,
     override,
-    parse_assignment,
     parse_drift_limits,
     parse_recipe,
-    parse_shape,
     read_recipe,
     to_toml,
     write_recipe,
@@ -198,41 +198,22 @@ def test_malformed_drift_limits_are_refused(text):
     assert caught.value.remedy
 
 
+def test_an_unknown_metric_is_refused_with_the_near_ones():
+    with pytest.raises(RecipeError, match="unknown drift metric 'cosin'") as caught:
+        parse_drift_limits("cosin=1%")
+    assert "cosine" in caught.value.remedy
+    with pytest.raises(RecipeError, match="unknown drift metric 'loss'"):
+        parse_recipe('target = "host"\nmax_drift = [{metric = "loss", limit = 1}]')
+
+
+def test_the_metrics_are_those_that_can_be_measured():
+    assert set(METRICS) == set(LIMIT_METRICS)
+
+
 @given(st.floats(0, 1e6, allow_nan=False))
 def test_a_printed_limit_reads_back(value):
     assert parse_drift_limits(f"l2={value!r}") == (DriftLimit(metric="l2", limit=value),)
     assert math.isclose(parse_drift_limits(f"{value!r}%")[0].limit, value / 100)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("input_ids:1x128", ("input_ids", (1, 128))),
-        ("image:0:1X3x224x224", ("image:0", (1, 3, 224, 224))),
-        ("scores:7", ("scores", (7,))),
-    ],
-)
-def test_shapes(text, expected):
-    assert parse_shape(text) == expected
-
-
-@pytest.mark.parametrize(
-    "text", ["", "x", "x:", ":1x2", "x:1x", "x:0x2", "x:-1", "x:1,2", "x:1.5", "x:batch"]
-)
-def test_malformed_shapes_are_refused(text):
-    with pytest.raises(RecipeError, match="is not a shape"):
-        parse_shape(text)
-
-
-def test_assignments():
-    assert parse_assignment("target.memory.ram_bytes = 1024") == ("memory.ram_bytes", "1024")
-    assert parse_assignment("target.name=a=b") == ("name", "a=b")
-
-
-@pytest.mark.parametrize("text", ["", "target", "target.x", "target.=1", "cpu.x=1", "target.x=", "=1"])
-def test_malformed_assignments_are_refused(text):
-    with pytest.raises(RecipeError, match="is not an override"):
-        parse_assignment(text)
 
 
 PINNED = Recipe(target="host", pins=Pins(model_sha256="0" * 64, precision="int8", quantization="dynamic"))

@@ -1,0 +1,198 @@
+"""Ranges of a model's intermediate tensors: one sample at a time, in constant memory."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+from ..graph.errors import DataError, ModelError
+from ..graph.model import Model
+from .data import CalibrationData
+from .ranges import DEFAULT_PERCENTILE, Method, RangeObserver
+from .schema import Array, Feeds, near_names
+
+if TYPE_CHECKING:
+    from ..runtimes.base import Runner
+    from ..runtimes.ort_runtime import SessionOptions
+
+Progress = Callable[[int, int], None]
+DEFAULT_MEMORY_BYTES = 256 * 2**20
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
+
+
+def collect_ranges(
+    model: Model,
+    tensor_names: Sequence[str],
+    data: CalibrationData,
+    *,
+    method: Method = "auto",
+    percentile: float = DEFAULT_PERCENTILE,
+    options: SessionOptions | None = None,
+    progress: Progress | None = None,
+    max_memory_bytes: int | None = None,
+    open_session: Callable[[Model], Runner] | None = None,
+) -> dict[str, RangeObserver]:
+    """Run the model over the data and observe tensors; no activation outlives its sample.
+
+    Tensors are taken in segments whose activations fit `max_memory_bytes`; each segment costs one
+    pass over the data, through a graph cut down to what the segment needs.
+
+    Args:
+        model: not changed.
+        tensor_names: float inputs and node outputs of the main graph.
+        data: calibration samples.
+        method: how each observer will choose its range.
+        percentile: for the percentile method, in percent.
+        options: session options of onnxruntime; graph optimisation is off by default.
+        progress: called with (samples run, samples to run).
+        max_memory_bytes: for the activations of one segment (256 MiB by default).
+        open_session: opens another runtime than onnxruntime.
+
+    Returns:
+        name -> observer, in the order of `tensor_names`.
+
+    Raises:
+        ModelError: if a name is unknown, inside a subgraph, an initializer or not a float tensor.
+        DataError: if an activation is NaN, or there are no samples.
+    """
+    if len(data) == 0:
+        raise DataError("the calibration data holds no samples", where=data.name)
+    names = list(dict.fromkeys(tensor_names))
+    check_observable(model, names)
+    observers = {name: RangeObserver(name, method=method, percentile=percentile) for name in names}
+    opener = open_session or _onnxruntime_opener(options)
+    largest = _one_batch(data.largest_sample(), data)
+    budget = DEFAULT_MEMORY_BYTES if max_memory_bytes is None else max_memory_bytes
+    fed = {spec.name for spec in model.inputs}
+    segments = deque(_segments([name for name in names if name not in fed], model, largest, budget))
+    inputs = [name for name in names if name in fed]
+    if inputs and not segments:
+        segments.append([])
+    done = 0
+    while segments:
+        segment = segments.popleft()
+        run = _Segment(model, segment, opener, fed) if segment else None
+        if run is not None and len(segment) > 1 and run.nbytes(largest) > budget:
+            half = len(segment) // 2
+            segments.extendleft([segment[half:], segment[:half]])
+            continue
+        total = done + len(data) * (1 + len(segments))
+        for feeds, count in data.batches(data.static_batch or 1):
+            for name in inputs:
+                observers[name].update(feeds[name])
+            if run is not None:
+                for name, values in run(feeds):
+                    observers[name].update(values)
+            done += count
+            if progress is not None:
+                progress(done, total)
+        inputs = []
+    return observers
+
+
+def check_observable(model: Model, names: Sequence[str]) -> None:
+    """Raise unless every name is a float input or node output of the main graph.
+
+    Raises:
+        ModelError: naming the tensor and why it cannot be observed.
+    """
+    visible = _visible_values(model)
+    inner = {
+        value.name for graph in list(model.all_graphs())[1:] for node in graph for value in node.outputs
+    } | {value.name for graph in list(model.all_graphs())[1:] for value in graph.inputs}
+    for name in names:
+        value = visible.get(name)
+        if value is None and name in inner:
+            raise _not_observable(name, "it lives inside an If, Loop or Scan body", "leave it in float")
+        if value is None and name in model.graph.initializers:
+            raise _not_observable(name, "it is a weight", "take its range from its values")
+        if value is None:
+            raise _not_observable(name, f"the graph has no such tensor{near_names(name, visible)}", None)
+        if value.dtype is not None and value.dtype not in _FLOATS:
+            raise _not_observable(name, f"its type is {value.dtype.name}", "leave it as it is")
+
+
+def _not_observable(name: str, why: str, remedy: str | None) -> ModelError:
+    return ModelError("a tensor cannot be calibrated", where=f"tensor {name!r}", why=why, remedy=remedy)
+
+
+def _visible_values(model: Model) -> dict[str, ir.Value]:
+    values = {value.name: value for value in model.graph.inputs if value.name not in model.graph.initializers}
+    values |= {value.name: value for node in model.graph for value in node.outputs}
+    return {name: value for name, value in values.items() if name}
+
+
+def _one_batch(sample: Feeds, data: CalibrationData) -> Feeds:
+    """A sample as one batch of the size that the model fixes."""
+    size = data.static_batch or 1
+    return {name: v.repeat(size, 0) if v.ndim and len(v) == 1 else v for name, v in sample.items()}
+
+
+class _Segment:
+    """Some tensors of a model as the only outputs of a graph that computes nothing else."""
+
+    def __init__(
+        self, model: Model, names: Sequence[str], opener: Callable[[Model], Runner], fed: set[str]
+    ) -> None:
+        part = model.fork()
+        visible = _visible_values(part)
+        part.graph.outputs.clear()
+        part.graph.outputs.extend(visible[name] for name in names)
+        RemoveUnusedNodesPass()(part.ir)
+        self._names = list(names)
+        self._runner = opener(part)
+        self._fed = fed
+
+    def __call__(self, feeds: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
+        """Run one batch; tensors come one by one and can be dropped one by one."""
+        outputs = self._runner.run({name: v for name, v in feeds.items() if name in self._fed})
+        for name in self._names:
+            yield name, outputs.pop(name)
+
+    def nbytes(self, feeds: Mapping[str, Array]) -> int:
+        """Bytes of all tensors of the segment for one batch."""
+        return sum(values.nbytes for _, values in self(feeds))
+
+
+def _segments(names: Sequence[str], model: Model, largest: Feeds, budget: int) -> list[list[str]]:
+    """Tensors in graph order, as many in each segment as the estimate lets fit into `budget` bytes."""
+    order = {name: index for index, name in enumerate(_visible_values(model))}
+    sizes = _estimate_bytes(model, largest)
+    segments: list[list[str]] = []
+    used = 0
+    for name in sorted(names, key=order.__getitem__):
+        size = sizes.get(name, 0)
+        if not segments or used + size > budget:
+            segments.append([])
+            used = 0
+        segments[-1].append(name)
+        used += size
+    return segments
+
+
+def _estimate_bytes(model: Model, largest: Feeds) -> dict[str, int]:
+    """Bytes of the tensors whose shape follows from the shapes of the largest sample."""
+    fixed = model.fork()
+    for value in fixed.graph.inputs:
+        if value.name in largest:
+            value.shape = ir.Shape(largest[value.name].shape)
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(fixed.ir)
+    return {
+        name: math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)
+        for name, value in _visible_values(fixed).items()
+        if value.shape is not None and value.dtype is not None and value.shape.is_static()
+    }
+
+
+def _onnxruntime_opener(options: SessionOptions | None) -> Callable[[Model], Runner]:
+    from ..runtimes.ort_runtime import OrtSession, SessionOptions
+
+    # The tensors asked for exist only as long as no optimisation fuses them away, and an arena would
+    # keep the memory of the largest sample.
+    plain = options or SessionOptions(graph_optimization_level="ORT_DISABLE_ALL")
+    return lambda model: OrtSession.from_model(model, plain)

@@ -1,0 +1,322 @@
+"""From histograms to ranges: min-max, percentile, entropy, least squared error, or the best of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..graph.errors import DataError
+from ..graph.scheme import Scheme, affine_parameters
+from .histogram import SIDE_BINS, Histogram
+
+Method = Literal["auto", "minmax", "percentile", "entropy", "mse"]
+METHODS: tuple[Method, ...] = ("auto", "minmax", "percentile", "entropy", "mse")
+DEFAULT_PERCENTILE = 99.99
+# `auto` leaves the full range only for an estimated error that is smaller by more than this.
+_MARGIN_FRACTION = 0.02
+_GRID = 48
+_ENTROPY_STEPS = 128
+
+Floats = npt.NDArray[np.float64]
+
+
+class RangeChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The range of one tensor, by which method, and the mean squared error it is estimated to cost."""
+
+    method: Method
+    low: float
+    high: float
+    mean_squared_error: float
+
+
+class _ObserverState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    method: Method
+    percentile: float
+    histogram: bytes
+
+
+class RangeObserver:
+    """Watches one tensor and says which range to quantize; its memory does not depend on the data.
+
+    Every method reads the same histogram, so one calibration run serves them all.
+
+    Args:
+        name: the tensor's name, for messages.
+        method: how `limits` chooses the range.
+        percentile: share of the values, in percent, that the percentile method keeps.
+        histogram: what was seen so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        method: Method = "auto",
+        percentile: float = DEFAULT_PERCENTILE,
+        histogram: Histogram | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"unknown calibration method {method!r}")
+        if not 50.0 < percentile <= 100.0:
+            raise ValueError(f"percentile {percentile} is not in (50, 100]")
+        self.name = name
+        self.method: Method = method
+        self.percentile = percentile
+        self.histogram = histogram or Histogram()
+
+    @property
+    def masked(self) -> int:
+        """How many values lay beyond ±1e30 (masks) and were left out of the range."""
+        return self.histogram.masked_low + self.histogram.masked_high
+
+    def update(self, values: npt.NDArray[Any]) -> None:
+        """Watch one activation of any shape.
+
+        Raises:
+            DataError: if a value is NaN.
+        """
+        self.histogram.add(values, self.name)
+
+    def merge(self, other: RangeObserver) -> RangeObserver:
+        """An observer that has seen what both have seen; exact and associative."""
+        return RangeObserver(
+            self.name,
+            method=self.method,
+            percentile=self.percentile,
+            histogram=self.histogram.merge(other.histogram),
+        )
+
+    def limits(self, scheme: Scheme) -> tuple[float, float]:
+        """The range (low, high) to map onto the scheme's integers.
+
+        Raises:
+            DataError: if no finite value was seen.
+        """
+        choice = self.choose(scheme)
+        return choice.low, choice.high
+
+    def choose(self, scheme: Scheme, method: Method | None = None) -> RangeChoice:
+        """The range by `method` (the observer's own by default) with its estimated error.
+
+        `auto` takes min-max, the percentile or the least-squares range, whichever the histogram says
+        costs least; the full range stays unless another is better by more than 2 %.
+
+        Raises:
+            DataError: if no finite value was seen.
+        """
+        if self.histogram.maximum < self.histogram.minimum:
+            raise DataError(
+                "no finite value was seen of a tensor",
+                where=f"tensor {self.name!r}",
+                why=f"{self.masked} values lie beyond ±1e30" if self.masked else "it was never updated",
+                remedy="keep this tensor in float",
+            )
+        wanted = method or self.method
+        if wanted != "auto":
+            return self._choice(wanted, scheme)
+        best = self._choice("minmax", scheme)
+        for candidate in (self._choice("percentile", scheme), self._choice("mse", scheme)):
+            if candidate.mean_squared_error < best.mean_squared_error * (1 - _MARGIN_FRACTION):
+                best = candidate
+        return best
+
+    def _choice(self, method: Method, scheme: Scheme) -> RangeChoice:
+        histogram = self.histogram
+        if method == "percentile":
+            low, high = percentile_limits(histogram, scheme, self.percentile)
+        elif method == "entropy":
+            low, high = entropy_limits(histogram, scheme)
+        elif method == "mse":
+            low, high = mse_limits(histogram, scheme)
+        else:
+            low, high = histogram.minimum, histogram.maximum
+        error = quantization_error(histogram, low, high, scheme)
+        return RangeChoice(method=method, low=low, high=high, mean_squared_error=error)
+
+    def to_bytes(self) -> bytes:
+        """A compact form for `from_bytes`."""
+        return msgspec.msgpack.encode(
+            _ObserverState(
+                name=self.name,
+                method=self.method,
+                percentile=self.percentile,
+                histogram=self.histogram.to_bytes(),
+            )
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RangeObserver:
+        """The observer that `to_bytes` wrote.
+
+        Raises:
+            DataError: if the bytes are not such an observer.
+        """
+        try:
+            state = msgspec.msgpack.decode(data, type=_ObserverState)
+        except msgspec.DecodeError as error:
+            raise DataError("stored calibration ranges cannot be read", why=str(error)) from error
+        histogram = Histogram.from_bytes(state.histogram)
+        return cls(state.name, method=state.method, percentile=state.percentile, histogram=histogram)
+
+
+def percentile_limits(histogram: Histogram, scheme: Scheme, percentile: float) -> tuple[float, float]:
+    """The smallest range, to one bin, that keeps at least `percentile` percent of the values.
+
+    Symmetric schemes cut the magnitude; others cut half of the rest from each side.
+    """
+    counts, total = histogram.counts, histogram.total
+    outside = math.floor(total * (1 - percentile / 100))
+    edges = (np.arange(-SIDE_BINS, SIDE_BINS + 1)) * histogram.width
+    if scheme.symmetric:
+        magnitude = counts[SIDE_BINS:] + counts[SIDE_BINS - 1 :: -1]
+        keep = int(np.searchsorted(np.cumsum(magnitude), total - outside))
+        bound = float(edges[SIDE_BINS + keep + 1])
+        return max(-bound, histogram.minimum), min(bound, histogram.maximum)
+    cumulative = np.cumsum(counts)
+    first = int(np.searchsorted(cumulative, outside // 2, side="right"))
+    last = int(np.searchsorted(cumulative, total - outside // 2))
+    low, high = float(edges[first]), float(edges[last + 1])
+    return max(low, histogram.minimum), min(high, histogram.maximum)
+
+
+def quantization_error(histogram: Histogram, low: float, high: float, scheme: Scheme) -> float:
+    """Mean squared error of quantizing the histogram's values with the range [low, high].
+
+    Within a bin the values are taken as uniform, for which the integral of the squared rounding and
+    clipping error has a closed form; exact zeros cost nothing. With step d and integers k from
+    smallest to largest: the integral of (x - d k(x))² from 0 to x is n d³ / 12 + (x - d n)³ / 3,
+    where n = round(x / d) clipped to the integers' range.
+    """
+    return _mean_error(_Bins(histogram), low, high, scheme)
+
+
+class _Bins:
+    """The bins of a histogram that are not empty, as they enter the error."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self.low, self.high, self.counts = histogram.occupied()
+        self.total = histogram.total
+
+
+def _mean_error(bins: _Bins, low: float, high: float, scheme: Scheme) -> float:
+    if not bins.counts.size:
+        return 0.0
+    scale, zero_point = affine_parameters(np.array(low), np.array(high), scheme)
+    step = float(scale)
+    smallest, largest = (limit - int(zero_point) for limit in scheme.limits)
+    widths = bins.high - bins.low
+    upper = _error_integral(bins.high, step, smallest, largest)
+    integral = upper - _error_integral(bins.low, step, smallest, largest)
+    nearest = np.clip(np.rint(bins.low / step), smallest, largest)
+    at_point = (bins.low - nearest * step) ** 2
+    narrow = widths <= 1e-6 * step
+    mean = np.where(narrow, at_point, integral / np.where(narrow, 1.0, widths))
+    return float(max((mean * bins.counts).sum(), 0.0) / bins.total)
+
+
+def _error_integral(edges: Floats, step: float, smallest: int, largest: int) -> Floats:
+    nearest = np.clip(np.rint(edges / step), smallest, largest)
+    result: Floats = nearest * step**3 / 12 + (edges - nearest * step) ** 3 / 3
+    return result
+
+
+def mse_limits(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
+    """The range of least estimated squared error: a grid over both ends, then a finer one around it.
+
+    The grid runs on pairwise merged bins, the finer one on all; the full range is among the last
+    candidates, so the result is never worse than it.
+    """
+    low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
+    coarse, fine = _Bins(histogram.merged(2)), _Bins(histogram)
+    grid = [float(step) / _GRID for step in range(_GRID, 0, -1)]
+    around = [1 + float(step) / (8 * _GRID) for step in range(-7, 8)]
+    if scheme.symmetric:
+        bound = max(-low, high)
+        best = min(grid, key=lambda f: _mean_error(coarse, -f * bound, f * bound, scheme))
+        nearby = [1.0, *(min(best + step - 1, 1.0) for step in around if best + step > 1)]
+        best = min(nearby, key=lambda f: _mean_error(fine, -f * bound, f * bound, scheme))
+        return max(-best * bound, low), min(best * bound, high)
+    start = _descend(coarse, (low, high), (low, high), grid, scheme)
+    near = _descend(fine, start, (low, high), around, scheme)
+    return min([(low, high), near], key=lambda ends: _mean_error(fine, ends[0], ends[1], scheme))
+
+
+def _descend(
+    bins: _Bins,
+    start: tuple[float, float],
+    full: tuple[float, float],
+    fractions: Sequence[float],
+    scheme: Scheme,
+) -> tuple[float, float]:
+    """Scale one end after the other by the fraction of least error, twice, never beyond `full`."""
+
+    def cost(ends: tuple[float, float]) -> float:
+        return _mean_error(bins, ends[0], ends[1], scheme)
+
+    ends = start
+    for _ in range(2):
+        if start[1] > 0:
+            ends = min([ends, *((ends[0], min(f * start[1], full[1])) for f in fractions)], key=cost)
+        if start[0] < 0:
+            ends = min([ends, *((max(f * start[0], full[0]), ends[1]) for f in fractions)], key=cost)
+        if start[0] == 0 or start[1] == 0:
+            break
+    return ends
+
+
+def entropy_limits(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
+    """The clipping range whose quantized distribution loses least information (Kullback-Leibler).
+
+    Works on magnitudes; a candidate threshold T is applied to both sides as far as the tensor
+    reaches, and the magnitudes up to T get the integers that the scheme has for them. Exact zeros
+    are left out, as they would hide everything else of a ReLU's output.
+
+    Source: Migacz 2017, "8-bit Inference with TensorRT", GTC S7310, pp. 28-36.
+    """
+    counts = histogram.counts.copy()
+    counts[SIDE_BINS] -= histogram.zeros
+    magnitude = (counts[SIDE_BINS:] + counts[SIDE_BINS - 1 :: -1]).astype(np.float64)
+    occupied = np.flatnonzero(magnitude)
+    low, high = histogram.minimum, histogram.maximum
+    if not occupied.size:
+        return low, high
+    used = int(occupied[-1]) + 1
+    # From a 32nd of the range on: below that, clipping would dominate whatever the divergence says.
+    starts = np.unique(np.linspace(max(used // 32, 1), used, _ENTROPY_STEPS).astype(int))[::-1]
+    divergences = []
+    for kept in starts:
+        bound = kept * histogram.width
+        levels = _magnitude_levels(max(-bound, min(low, 0.0)), min(bound, max(high, 0.0)), bound, scheme)
+        divergences.append(_divergence(magnitude[:used], int(kept), levels))
+    bound = float(starts[int(np.argmin(divergences))]) * histogram.width
+    return max(-bound, low), min(bound, high)
+
+
+def _magnitude_levels(low: float, high: float, bound: float, scheme: Scheme) -> int:
+    """How many integers the scheme spends on magnitudes from 0 to `bound` when it covers [low, high]."""
+    smallest, largest = scheme.limits
+    if scheme.symmetric:
+        return (largest - smallest) // 2 + 1
+    return max(round((largest - smallest) * bound / (high - low)), 1) + 1
+
+
+def _divergence(magnitude: Floats, kept: int, levels: int) -> float:
+    """KL divergence, in nats, of the clipped distribution from its quantized form."""
+    reference = magnitude[:kept].copy()
+    inner = magnitude[:kept]
+    reference[-1] += magnitude[kept:].sum()
+    group = np.minimum(np.arange(kept) * levels // kept, levels - 1)
+    filled = inner > 0
+    sums = np.bincount(group, inner, minlength=levels)
+    sizes = np.bincount(group, filled, minlength=levels)
+    spread = np.where(filled, sums[group] / np.maximum(sizes[group], 1), 0.0)
+    p, q = reference / reference.sum(), spread / max(spread.sum(), 1e-300)
+    where = p > 0
+    # A bin that only clipped values fill has no quantized mass: a small one keeps the sum finite.
+    return float((p[where] * np.log(p[where] / np.maximum(q[where], 1e-9))).sum())

@@ -1,0 +1,126 @@
+"""Layer normalization spelled out in single operators -> LayerNormalization."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from ...graph.edit import (
+    Editor,
+    axes_of,
+    int_attribute,
+    is_constant,
+    only_use,
+    producer,
+    rank,
+    scalar,
+    split_constant,
+    static_dim,
+)
+from ...graph.rewrite import Refused, Verdict
+
+_LAYER_NORM_OPSET = 17
+
+
+class LayerNormFromParts(NamedTuple):
+    """(x - mean) / sqrt(mean((x - mean)^2) + eps) * gamma + beta -> LayerNormalization.
+
+    Source: Ba et al. 2016, arXiv:1607.06450, equation 4 (over the last axis).
+    """
+
+    name: str = "layer-norm"
+    roots: frozenset[str] = frozenset({"Div", "Mul"})
+
+    def apply(self, node: ir.Node, editor: Editor) -> Verdict:
+        """See `Rule`."""
+        parts = _normalized(node)
+        if parts is None:
+            return False
+        source, epsilon = parts
+        if editor.model.opset < _LAYER_NORM_OPSET:
+            return Refused(
+                f"LayerNormalization needs operator set {_LAYER_NORM_OPSET}, "
+                f"the model has {editor.model.opset}"
+            )
+        gain = _affine_reader(node, "Mul")
+        if gain is None:
+            return Refused("no constant gain along the last axis follows")
+        last, gamma = gain
+        shift = _affine_reader(last, "Add")
+        beta = None
+        if shift is not None:
+            last, beta = shift
+        width = static_dim(source, -1)
+        for weight in (gamma, beta):
+            if weight is not None and (rank(weight) != 1 or static_dim(weight, 0) != width or width is None):
+                return Refused("gain or shift is not one number per element of the last axis")
+        inputs = [source, gamma] if beta is None else [source, gamma, beta]
+        output = last.outputs[0]
+        result = editor.value(
+            "LayerNormalization",
+            inputs,
+            {"axis": -1, "epsilon": epsilon, "stash_type": 1},
+            before=last,
+            stem=output.name or "normalized",
+            like=output,
+        )
+        editor.replace(output, result)
+        return True
+
+
+def _normalized(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """(x, epsilon) if `node` computes (x - mean) / sqrt(variance + epsilon) over the last axis."""
+    centred, spread = node.inputs[0], node.inputs[1]
+    if node.op_type == "Mul":
+        for left, right in ((0, 1), (1, 0)):
+            inverse = producer(node.inputs[right], "Reciprocal")
+            if inverse is not None:
+                centred, spread = node.inputs[left], inverse.inputs[0]
+                break
+        else:
+            return None
+    difference, root = producer(centred, "Sub"), producer(spread, "Sqrt")
+    if difference is None or root is None or centred is None:
+        return None
+    source, mean = difference.inputs[0], _last_axis_mean(difference.inputs[1])
+    if source is None or mean is not source:
+        return None
+    biased = producer(root.inputs[0], "Add")
+    pair = split_constant(biased) if biased is not None else None
+    if pair is None:
+        return None
+    variance_value, epsilon_value = pair
+    epsilon, squared = scalar(epsilon_value), _last_axis_mean(variance_value)
+    if epsilon is None or not _is_square_of(squared, centred):
+        return None
+    return source, epsilon
+
+
+def _last_axis_mean(value: ir.Value | None) -> ir.Value | None:
+    """What `value` is the mean of, over the last axis with the axis kept."""
+    node = producer(value, "ReduceMean")
+    if node is None or int_attribute(node, "keepdims", 1) != 1:
+        return None
+    size = rank(node.inputs[0])
+    if axes_of(node) not in ([-1], [None if size is None else size - 1]):
+        return None
+    return node.inputs[0]
+
+
+def _is_square_of(value: ir.Value | None, base: ir.Value) -> bool:
+    node = producer(value, "Pow", "Mul")
+    if node is None or node.inputs[0] is not base:
+        return False
+    return scalar(node.inputs[1]) == 2.0 if node.op_type == "Pow" else node.inputs[1] is base
+
+
+def _affine_reader(node: ir.Node, op_type: str) -> tuple[ir.Node, ir.Value] | None:
+    """(reader, its constant) if the only reader of `node` is `op_type` with a 1-D constant."""
+    reader = only_use(node.outputs[0])
+    if reader is None or reader.op_type != op_type or reader.domain:
+        return None
+    pair = split_constant(reader)
+    if pair is None or not is_constant(pair[1]) or rank(pair[1]) != 1:
+        return None
+    return reader, pair[1]

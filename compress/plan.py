@@ -1,0 +1,83 @@
+"""What was decided for one model on one target, node by node, with the reasons."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ..graph.passes import PassRecord, Refusal
+from ..graph.scheme import Scheme
+from ..targets.profile import Evidence, Form
+
+SCHEMA_VERSION = 1
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one node computes.
+
+    `group` names the nodes that are decided together (they share a quantized tensor); it is the
+    unit of going back to float. `weight` is the name of the weight concerned, if any. `remedy`
+    says what the user can do about a node that stays float, if anything. `macs` counts the
+    multiply-accumulates of one sample at the planned shapes, None where a shape is not known.
+    """
+
+    node: str
+    op: str
+    group: str
+    form: Form
+    activation: Scheme | None = None
+    weight_scheme: Scheme | None = None
+    weight: str | None = None
+    reason: str
+    remedy: str | None = None
+    evidence: Evidence = "none"
+    source: str = ""
+    macs: int | None = None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All decisions for one model on one target, and everything that was looked at and refused."""
+
+    schema_version: int = SCHEMA_VERSION
+    target: str
+    precision: Literal["int8", "fp32"]
+    quantization: Literal["none", "dynamic", "static", "weight-only", "mixed"]
+    decisions: tuple[Decision, ...]
+    passes: tuple[PassRecord, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that are quantized, in plan order."""
+        return tuple(dict.fromkeys(item.group for item in self.decisions if item.form != "float"))
+
+    def quantized(self) -> tuple[Decision, ...]:
+        """The decisions that are not float."""
+        return tuple(item for item in self.decisions if item.form != "float")
+
+    def revert(self, groups: frozenset[str], reason: str) -> Plan:
+        """The plan with these groups back in float, for `reason`."""
+        decisions = tuple(
+            msgspec.structs.replace(item, form="float", activation=None, weight_scheme=None, reason=reason)
+            if item.group in groups and item.form != "float"
+            else item
+            for item in self.decisions
+        )
+        forms = {item.form for item in decisions} - {"float"}
+        quantization = "none" if not forms else next(iter(forms)) if len(forms) == 1 else "mixed"
+        return msgspec.structs.replace(
+            self,
+            decisions=decisions,
+            quantization=quantization,
+            precision="fp32" if not forms else self.precision,
+        )
+
+    def integer_share(self) -> float | None:
+        """The fraction of known multiply-accumulates that run in integers, or None if none is known."""
+        known = [(item.macs, item.form) for item in self.decisions if item.macs]
+        total = sum(macs for macs, _ in known if macs)
+        if not total:
+            return None
+        return sum(macs for macs, form in known if macs and form in ("dynamic", "static")) / total

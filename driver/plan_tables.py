@@ -1,0 +1,73 @@
+"""A plan as tables: what each node becomes, why it stays float, and what was refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ..compress.plan import Decision, Plan
+from ..graph.passes import Refusal
+from .output import Block, Table, format_percent
+
+
+def plan_blocks(plan: Plan, *, every_node: bool) -> list[Block]:
+    """The plan for people: totals, then nodes (each, or those alike together), then refusals."""
+    blocks: list[Block] = [plan_headline(plan)]
+    blocks.append(_node_table(plan.decisions) if every_node else _grouped_table(plan.decisions))
+    remedies = _remedies(plan.decisions)
+    if remedies:
+        blocks.append(
+            "What could be done about nodes in float:\n" + "\n".join(f"  {line}" for line in remedies)
+        )
+    if plan.refusals:
+        blocks.append(refusal_table(plan.refusals))
+    if plan.notes:
+        blocks.append("Notes:\n" + "\n".join(f"  {note}" for note in plan.notes))
+    return blocks
+
+
+def plan_headline(plan: Plan) -> str:
+    """One line: how many nodes run in which form, and the share of integer arithmetic."""
+    forms = Counter(decision.form for decision in plan.decisions)
+    counts = ", ".join(f"{count} {form}" for form, count in sorted(forms.items())) or "no nodes"
+    share = plan.integer_share()
+    shared = "" if share is None else f"; {format_percent(share)} of the multiply-accumulates in integers"
+    return f"Plan for {plan.target}: {plan.precision}, {plan.quantization} quantization ({counts}){shared}."
+
+
+def refusal_table(refusals: Iterable[Refusal]) -> Table:
+    """Refusals with the same rule and reason together, the most frequent first."""
+    counts = Counter((item.rule, item.reason) for item in refusals)
+    rows = tuple((str(count), rule, reason) for (rule, reason), count in counts.most_common())
+    return Table(
+        title="Refused", columns=("places", "rule", "reason"), rows=rows, numeric=frozenset({"places"})
+    )
+
+
+def _node_table(decisions: Iterable[Decision]) -> Table:
+    rows = tuple(
+        (
+            item.node,
+            item.op,
+            item.form,
+            "" if item.macs is None else f"{item.macs:,}",
+            item.evidence,
+            item.reason,
+        )
+        for item in decisions
+    )
+    columns = ("node", "op", "form", "MACs", "evidence", "reason")
+    return Table(title="Nodes", columns=columns, rows=rows, numeric=frozenset({"MACs"}))
+
+
+def _grouped_table(decisions: Iterable[Decision]) -> Table:
+    counts = Counter((item.op, item.form, item.reason) for item in decisions)
+    rows = tuple((str(count), op, form, reason) for (op, form, reason), count in counts.most_common())
+    return Table(
+        title="Nodes", columns=("nodes", "op", "form", "reason"), rows=rows, numeric=frozenset({"nodes"})
+    )
+
+
+def _remedies(decisions: Iterable[Decision]) -> list[str]:
+    counts = Counter(item.remedy for item in decisions if item.form == "float" and item.remedy)
+    return [f"{remedy} ({count} nodes)" for remedy, count in counts.most_common()]

@@ -1,0 +1,68 @@
+"""`edgepress verify`: is a bundle what it says it is?"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+from .output import Answer, Table, format_bytes
+from .reporter import Reporter, Stage
+
+
+def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
+    """Recompute the digests and re-run the golden samples.
+
+    Raises:
+        VerifyFailed: with everything that is wrong.
+        ModelError: if the folder is not a bundle.
+    """
+    from ..export.verify import verify_bundle
+
+    with ExitStack() as stages:
+        report = verify_bundle(Path(arguments.bundle), progress=_Progress(reporter, stages))
+    golden = "none in this bundle"
+    if report.golden_samples:
+        how = "equal bit by bit" if report.exact else "within the tolerance of the manifest"
+        golden = f"{report.golden_samples} samples, {how}"
+    rows = (
+        ("files", f"{report.files} ({format_bytes(report.size_bytes)}), every digest holds"),
+        ("golden samples", golden),
+        ("later measurements", ", ".join(report.runs) or "none"),
+        ("digest", report.digest),
+    )
+    return Answer(
+        document={
+            "bundle": report.bundle,
+            "verified": True,
+            "digest": report.digest,
+            "files": report.files,
+            "size_bytes": report.size_bytes,
+            "golden_samples": report.golden_samples,
+            "golden_exact": report.exact,
+            "runs": report.runs,
+        },
+        blocks=(
+            f"{report.bundle} is what it says it is.",
+            Table(columns=("checked", "result"), rows=rows),
+        ),
+    )
+
+
+class _Progress:
+    """Turns (stage, done, total) calls into stages of the reporter."""
+
+    def __init__(self, reporter: Reporter, stages: ExitStack) -> None:
+        self._reporter = reporter
+        self._stages = stages
+        self._name: str | None = None
+        self._stage: Stage | None = None
+        self._done = 0
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name != self._name or self._stage is None:
+            self._stages.close()
+            self._stage = self._stages.enter_context(self._reporter.stage(name, total=total))
+            self._name, self._done = name, 0
+        self._stage.advance(done - self._done)
+        self._done = done

@@ -1,0 +1,72 @@
+"""What every runtime offers: the `Runner` protocol and the options a session is opened with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..graph.model import TensorSpec
+
+Array = npt.NDArray[np.generic]
+
+OptimizationLevel = Literal[
+    "disable_all",
+    "basic",
+    "extended",
+    "layout",
+    "all",
+    "ORT_DISABLE_ALL",
+    "ORT_ENABLE_BASIC",
+    "ORT_ENABLE_EXTENDED",
+    "ORT_ENABLE_LAYOUT",
+    "ORT_ENABLE_ALL",
+]
+
+
+class SessionOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a session runs.
+
+    Attributes:
+        threads: threads inside one operator, at least 1; operators run one after another.
+        graph_optimization_level: the runtime's own rewriting, by short name or by its enum's
+            name; None leaves the runtime's default ("all").
+        config: config entries of the runtime, key to text.
+    """
+
+    threads: int = 1
+    graph_optimization_level: OptimizationLevel | None = None
+    config: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {self.threads}")
+
+
+class Runner(Protocol):
+    """A loaded model that runs."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` has to be fed, in the model's order."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `run` gives, in the model's order."""
+
+    @property
+    def load_ms(self) -> float:
+        """How long opening took, in milliseconds."""
+
+    def run(
+        self, feeds: Mapping[str, Array], output_names: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Outputs by name for one set of inputs by name.
+
+        Raises:
+            DataError: if an input is missing, unknown, or of the wrong type or shape.
+            ModelError: if the model fails while running.
+        """
