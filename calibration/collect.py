@@ -17,8 +17,7 @@ from .ranges import DEFAULT_PERCENTILE, Method, RangeObserver
 from .schema import Array, Feeds, near_names
 
 if TYPE_CHECKING:
-    from ..runtimes.base import Runner
-    from ..runtimes.ort_runtime import SessionOptions
+    from ..runtimes.base import Runner, SessionOptions
 
 Progress = Callable[[int, int], None]
 DEFAULT_MEMORY_BYTES = 256 * 2**20
@@ -190,9 +189,9 @@ def _estimate_bytes(model: Model, largest: Feeds) -> dict[str, int]:
 
 
 def _onnxruntime_opener(options: SessionOptions | None) -> Callable[[Model], Runner]:
-    from ..runtimes.ort_runtime import OrtSession, SessionOptions
+    from ..runtimes.base import SessionOptions
+    from ..runtimes.ort_runtime import OrtSession
 
-    # The tensors asked for exist only as long as no optimisation fuses them away, and an arena would
-    # keep the memory of the largest sample.
-    plain = options or SessionOptions(graph_optimization_level="ORT_DISABLE_ALL")
+    # Nothing to gain from the runtime's fusions: the tensors asked for must exist one by one.
+    plain = options or SessionOptions(graph_optimization_level="disable_all")
     return lambda model: OrtSession.from_model(model, plain)

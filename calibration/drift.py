@@ -339,7 +339,9 @@ def _spearman_metric(left: Array, right: Array, data: CalibrationData) -> TaskMe
             remedy="pass more pairs with --eval",
         )
     similar = [1 - metrics.cosine_distances(rows[pairs.first], rows[pairs.second]) for rows in (left, right)]
-    before, after = (metrics.spearman(pairs.score, values) for values in similar)
+    # Embeddings that are all alike order nothing: that counts as no correlation.
+    before, after = (np.nan_to_num(metrics.spearman(pairs.score, values)) for values in similar)
+    before, after = float(before), float(after)
 
     def change(index: npt.NDArray[np.int64]) -> float:
         scores = pairs.score[index]

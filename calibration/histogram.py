@@ -110,7 +110,8 @@ class Histogram:
         self.zeros += values.size - int(np.count_nonzero(values))
 
     def _widen(self, low: float, high: float) -> None:
-        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        # Adding 0.0 makes -0.0 a plain zero: which of the two came first must not matter.
+        self.minimum, self.maximum = min(self.minimum, low + 0.0), max(self.maximum, high + 0.0)
         exponent = max(self.exponent, _exponent_for(low, high))
         if exponent > self.exponent:
             self.counts = _merged_bins(self.counts, exponent - self.exponent)

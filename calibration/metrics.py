@@ -37,8 +37,9 @@ def cosine_distances(reference: Array, candidate: Array) -> Floats:
     norms = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
     product = norms[0] * norms[1]
     cosine = (left * right).sum(axis=1) / np.where(product > 0, product, 1.0)
-    both_zero = (norms[0] == 0) & (norms[1] == 0)
-    result: Floats = np.where(both_zero, 0.0, 1.0 - np.clip(cosine, -1.0, 1.0))
+    # Equal rows are exactly 0 apart, whatever the rounding above; so are two zero rows.
+    equal = (left == right).all(axis=1)
+    result: Floats = np.where(equal, 0.0, 1.0 - np.clip(cosine, -1.0, 1.0))
     return result
 
 

@@ -20,7 +20,9 @@ DEFAULT_PERCENTILE = 99.99
 # `auto` leaves the full range only for an estimated error that is smaller by more than this.
 _MARGIN_FRACTION = 0.02
 _GRID = 48
-_ENTROPY_STEPS = 128
+# Migacz starts where the bins are as many as the integers.
+_ENTROPY_START_BIN = 128
+_ENTROPY_STEPS = 256
 
 Floats = npt.NDArray[np.float64]
 
@@ -273,28 +275,29 @@ def _descend(
 def entropy_limits(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
     """The clipping range whose quantized distribution loses least information (Kullback-Leibler).
 
-    Works on magnitudes; a candidate threshold T is applied to both sides as far as the tensor
-    reaches, and the magnitudes up to T get the integers that the scheme has for them. Exact zeros
-    are left out, as they would hide everything else of a ReLU's output.
+    Works on magnitudes, in at most 2,048 bins as the source does; a candidate threshold T is applied
+    to both sides as far as the tensor reaches, and the magnitudes up to T get the integers that the
+    scheme has for them. Exact zeros are left out, as they would hide everything else of a ReLU's
+    output. Thresholds end at bins that hold values: elsewhere the divergence is infinite.
 
     Source: Migacz 2017, "8-bit Inference with TensorRT", GTC S7310, pp. 28-36.
     """
-    counts = histogram.counts.copy()
-    counts[SIDE_BINS] -= histogram.zeros
+    coarse = histogram.merged(1)
+    counts = coarse.counts.copy()
+    counts[SIDE_BINS] -= coarse.zeros
     magnitude = (counts[SIDE_BINS:] + counts[SIDE_BINS - 1 :: -1]).astype(np.float64)
-    occupied = np.flatnonzero(magnitude)
+    ends = np.flatnonzero(magnitude) + 1
     low, high = histogram.minimum, histogram.maximum
-    if not occupied.size:
+    if not ends.size:
         return low, high
-    used = int(occupied[-1]) + 1
-    # From a 32nd of the range on: below that, clipping would dominate whatever the divergence says.
-    starts = np.unique(np.linspace(max(used // 32, 1), used, _ENTROPY_STEPS).astype(int))[::-1]
+    grid = np.linspace(min(_ENTROPY_START_BIN, ends[-1]), ends[-1], _ENTROPY_STEPS)
+    kept_bins = np.unique(ends[np.searchsorted(ends, grid, side="right") - 1])[::-1]
     divergences = []
-    for kept in starts:
-        bound = kept * histogram.width
+    for kept in kept_bins:
+        bound = kept * coarse.width
         levels = _magnitude_levels(max(-bound, min(low, 0.0)), min(bound, max(high, 0.0)), bound, scheme)
-        divergences.append(_divergence(magnitude[:used], int(kept), levels))
-    bound = float(starts[int(np.argmin(divergences))]) * histogram.width
+        divergences.append(_divergence(magnitude[: ends[-1]], int(kept), levels))
+    bound = float(kept_bins[int(np.argmin(divergences))]) * coarse.width
     return max(-bound, low), min(bound, high)
 
 
@@ -316,7 +319,5 @@ def _divergence(magnitude: Floats, kept: int, levels: int) -> float:
     sums = np.bincount(group, inner, minlength=levels)
     sizes = np.bincount(group, filled, minlength=levels)
     spread = np.where(filled, sums[group] / np.maximum(sizes[group], 1), 0.0)
-    p, q = reference / reference.sum(), spread / max(spread.sum(), 1e-300)
-    where = p > 0
-    # A bin that only clipped values fill has no quantized mass: a small one keeps the sum finite.
-    return float((p[where] * np.log(p[where] / np.maximum(q[where], 1e-9))).sum())
+    p, q = reference[filled] / reference.sum(), spread[filled] / spread.sum()
+    return float((p * np.log(p / q)).sum())

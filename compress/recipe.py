@@ -23,7 +23,7 @@ CalibMethod = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 SkippableStage = Literal["drift", "benchmark", "golden"]
 GoldenSource = Literal["generated", "data"]
 
-# The names of calibration.drift.LIMIT_METRICS, which importing would make --help slow (a test compares).
+# The names of calibration.limits.LIMIT_METRICS, which importing would make --help slow (a test compares).
 METRICS = ("cosine", "l2", "sqnr", "kl", "top1", "flips", "accuracy", "f1", "spearman")
 
 # A change to any other field makes the pinned choices answers to another question.

@@ -24,13 +24,17 @@ class Argument:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One option; its value is None (False for a flag) where it is not given."""
+    """One option; its value is None (False for a flag) where it is not given.
+
+    `least` is the smallest value of an integer.
+    """
 
     flags: tuple[str, ...]
     help: str
     kind: OptionKind = "value"
     metavar: str | None = None
     choices: tuple[str, ...] = ()
+    least: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,11 @@ SHAPE = Option(
 )
 SAMPLES = Option(flags=("--samples",), kind="integer", metavar="N", help="use at most N samples")
 SEED = Option(
-    flags=("--seed",), kind="integer", metavar="N", help="seed of everything that is drawn; default 0"
+    flags=("--seed",),
+    kind="integer",
+    metavar="N",
+    least=0,
+    help="seed of everything that is drawn; default 0",
 )
 MAX_DRIFT = Option(
     flags=("--max-drift",),

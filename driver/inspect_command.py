@@ -19,6 +19,7 @@ from ..graph.errors import ModelError
 from ..graph.model import Model, TensorSpec, type_name
 from .cache import cache_folder
 from .compile import compile_model
+from .opened import is_bundle
 from .options import overrides_from
 from .output import Answer, Block, Table, format_bytes
 from .plan_tables import plan_blocks
@@ -36,11 +37,6 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     if is_bundle(Path(named)):
         return _bundle(Path(named))
     return _model(named, arguments, reporter)
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether a path is a folder with a bundle's manifest."""
-    return (path / "manifest.json").is_file()
 
 
 def _model(named: str, arguments: argparse.Namespace, reporter: Reporter) -> Answer:

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -236,11 +236,20 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     parser.add_argument(
         *option.flags,
         action="append" if option.kind == "append" else "store",
-        type=int if option.kind == "integer" else str,
+        type=_whole_number(option.least) if option.kind == "integer" else str,
         choices=option.choices or None,
         metavar=None if option.choices else option.metavar,
         help=text,
     )
+
+
+def _whole_number(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} upwards")
+        return int(text)
+
+    return convert
 
 
 def _sentence(text: str) -> str:

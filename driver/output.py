@@ -127,4 +127,4 @@ def format_percent(fraction: float) -> str:
     if not math.isfinite(fraction):
         return str(fraction)
     digits = max(0, 2 - math.floor(math.log10(abs(fraction) * 100)))
-    return f"{fraction * 100:.{min(digits, 8)}f} %"
+    return f"{fraction * 100:.{digits}f} %" if digits <= 6 else f"{fraction * 100:.1e} %"

@@ -42,6 +42,18 @@ class _SilentStage:
         pass
 
 
+def absolute_progress(stage: Stage) -> Callable[[int, int], None]:
+    """A callback for functions that tell (done, total); a count that falls begins another round."""
+    last = 0
+
+    def tell(done: int, _total: int) -> None:
+        nonlocal last
+        stage.advance(done - last if done >= last else done)
+        last = done
+
+    return tell
+
+
 class SilentReporter:
     """Says nothing: what a library call uses unless told otherwise."""
 

@@ -14,7 +14,7 @@ from ..targets.profile import Evidence
 
 if TYPE_CHECKING:
     from ..calibration.drift import DriftReport
-    from ..runtimes.timing import Comparison
+    from ..runtimes.timing import BenchmarkResult
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,10 +30,16 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of one compile.
 
-    `bundle` is the finished folder, None after a dry run. `drift` and `benchmark` are None where
-    they were skipped. `evidence` is the grade of the weakest choice in the plan: only
-    "measured-on-target" entitles to "not slower". `recipe` carries the pins that replay it.
-    `stamps` mark every figure ("data-free"). `next_commands` are whole command lines to try next.
+    Attributes:
+        bundle: the finished folder, None after a dry run.
+        evidence: the grade of the weakest choice in the plan: only "measured-on-target" entitles to
+            "not slower".
+        recipe: as it was resolved, with the pins that replay it.
+        drift: None where it was skipped.
+        benchmark: None where it was skipped; the first timing is the baseline's, the second the
+            bundle's as it is loaded, further ones are named for what they are.
+        stamps: marks on every figure ("data-free").
+        next_commands: whole command lines to try next.
     """
 
     bundle: Path | None
@@ -42,7 +48,7 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan
     recipe: Recipe
     drift: DriftReport | None
-    benchmark: Comparison | None
+    benchmark: BenchmarkResult | None
     sizes: Sizes
     refusals: tuple[Refusal, ...] = ()
     stamps: tuple[str, ...] = ()

@@ -87,7 +87,7 @@ def _read_arrays(path: Path) -> Arrays:
 
 def _write_arrays(place: Path, arrays: Arrays) -> None:
     """Write an .npz file whole or not at all."""
-    from ..export.golden import npz_bytes
+    from ..export.npz import npz_bytes
     from ..export.place import disk_errors
 
     part = place.with_name(f".{place.name}.{secrets.token_hex(8)}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from importlib import metadata
 from pathlib import Path
 
+from ..runtimes.ort_runtime import runtime_version
 from .manifest import SessionSettings, to_json
 
 GOLDEN_RUN = "golden"
@@ -34,7 +34,7 @@ def numeric_environment(settings: SessionSettings, threads: int) -> dict[str, st
     """
     cpu = _cpu_lines()
     return {
-        "runtime": f"onnxruntime {metadata.version('onnxruntime')}",
+        "runtime": f"onnxruntime {runtime_version()}",
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu.get("model name") or cpu.get("CPU part") or platform.processor() or "unknown",
         "cpu_digest": hashlib.sha256(to_json(cpu)).hexdigest(),

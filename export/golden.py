@@ -14,16 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 
-from ..graph.errors import DataError, EdgepressError, ModelError
+from ..graph.errors import DataError, ModelError, Unavailable, UserError
 from ..graph.model import Model
-from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from .environment import numeric_environment
 from .manifest import (
     GoldenRecord,
     GoldenSample,
+    GraphOptimizationLevel,
     OutputTolerance,
     SessionSettings,
 )
@@ -44,6 +45,8 @@ _FLOORS: dict[Numerics, tuple[float, float]] = {
     "bfloat16": (5e-2, 0.05),
     "int8": (1 / 127, 0.05),
 }
+_EXTREMES: tuple[GraphOptimizationLevel | None, ...] = ("ORT_DISABLE_ALL", None)
+_BETWEEN: tuple[GraphOptimizationLevel, ...] = ("ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
 # Beyond this, lowerings of one file have nothing in common that a check could hold on to.
 _UNREPEATABLE = 0.5
 _QUANTIZING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QAttention", "DynamicQuantizeMatMul"})
@@ -110,7 +113,7 @@ def measure_golden(
         DataError: if the user's samples are none, or the model does not run on them.
     """
     numerics = arithmetic(model)
-    reference = _session(model_file, settings.graph_optimization_level, settings, threads)
+    reference = OrtSession(model_file, settings.options(threads=threads))
     samples, outputs = _run_first(model, reference, inputs, seed=seed, shapes=shapes)
     # Whether a rounding flips is a matter of luck with three inputs: look at more of them.
     probes = probe_inputs(model, seed=seed + 1, shapes=shapes) if numerics == "int8" else ()
@@ -211,11 +214,6 @@ def failures(tolerance: OutputTolerance, reference: Array, candidate: Array, *, 
     return wrong
 
 
-def _session(model_file: Path, level: str | None, settings: SessionSettings, threads: int) -> OrtSession:
-    options = SessionOptions(threads=threads, graph_optimization_level=level, config=dict(settings.config))
-    return OrtSession(model_file, options)
-
-
 def _run_first(
     model: Model,
     session: OrtSession,
@@ -236,7 +234,7 @@ def _run_first(
     for samples in candidate_inputs(model, seed=seed, shapes=shapes):
         try:
             return list(samples), [session.run(sample) for sample in samples]
-        except EdgepressError as error:
+        except UserError as error:
             reason = reason or error
     raise ModelError(
         "the model runs on none of the generated golden inputs",
@@ -250,7 +248,7 @@ def _runnable(session: OrtSession, probes: Iterable[Feeds]) -> list[tuple[Feeds,
     """The probes that the model takes, with their outputs."""
     found = []
     for probe in probes:
-        with contextlib.suppress(EdgepressError):
+        with contextlib.suppress(UserError):
             found.append((probe, session.run(probe)))
     return found
 
@@ -260,15 +258,16 @@ def _other_lowerings(
 ) -> list[_Variant]:
     """The same inputs at optimization levels that change the kernels, but not the mathematics."""
     own = settings.graph_optimization_level
-    extremes = [level for level in ("ORT_DISABLE_ALL", None) if level != own]
-    between = [level for level in ("ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED") if level != own]
+    extremes = [level for level in _EXTREMES if level != own]
+    between = [level for level in _BETWEEN if level != own]
     found: list[_Variant] = []
     for level in (*extremes, *between):
         if len(found) >= len(extremes):
             break
         # Without optimizations some operators have no kernel; then a level between has to do.
-        with contextlib.suppress(EdgepressError):
-            session = _session(model_file, level, settings, threads)
+        with contextlib.suppress(UserError, Unavailable):
+            options = msgspec.structs.replace(settings, graph_optimization_level=level)
+            session = OrtSession(model_file, options.options(threads=threads))
             found.append(([output for _, output in pairs], [session.run(sample) for sample, _ in pairs]))
     return found
 

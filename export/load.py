@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration.schema import near_names
 from ..frontends.text import TextEncoder
 from ..graph.errors import DataError, ModelError, VerifyFailed
 from ..graph.model import TensorSpec
-from ..runtimes.base import SessionOptions
+from ..runtimes.feeds import check_feeds
 from ..runtimes.ort_runtime import OrtSession
 from .checksums import check_sums
 from .manifest import Manifest
@@ -62,20 +61,11 @@ class LoadedModel:
         if self._session is None:
             raise ModelError("the model has been closed", where=str(self.path), remedy="load it again")
         specs = {spec.name: spec for spec in self.inputs}
-        unknown = [name for name in inputs if name not in specs]
-        if unknown:
-            raise DataError(
-                f"the model has no input {unknown[0]!r}{near_names(unknown[0], specs)}",
-                remedy=f"its inputs are {', '.join(map(repr, specs))}",
-            )
-        missing = [name for name in specs if name not in inputs]
-        if missing:
-            raise DataError(
-                f"no value for input {missing[0]!r}",
-                remedy=f"pass all of {', '.join(map(repr, specs))}",
-            )
-        feeds = {name: _fitted(inputs[name], spec) for name, spec in specs.items()}
-        _require_shapes(feeds, self.inputs)
+        feeds = {
+            name: _fitted(value, specs[name]) if name in specs else np.asarray(value)
+            for name, value in inputs.items()
+        }
+        _require_one_size_per_axis(self.inputs, check_feeds(self.inputs, feeds))
         return self._session.run(feeds)
 
     def encode(self, texts: Sequence[str], text_pairs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -143,13 +133,8 @@ def load(path: str | Path, *, threads: int | None = None, verify_sums: bool = Fa
             why="; ".join(problems),
             remedy="copy it again from where it came from, or compile the model again",
         )
-    settings = manifest.session_options
     recorded = manifest.golden.threads if manifest.golden is not None else 1
-    options = SessionOptions(
-        threads=recorded if threads is None else threads,
-        graph_optimization_level=settings.graph_optimization_level,
-        config=dict(settings.config),
-    )
+    options = manifest.session_options.options(threads=recorded if threads is None else threads)
     return LoadedModel(folder, manifest, OrtSession(folder / "model.onnx", options))
 
 
@@ -203,35 +188,22 @@ def _lossy(array: Array, spec: TensorSpec, why: str) -> DataError:
     )
 
 
-def _require_shapes(feeds: dict[str, Array], specs: tuple[TensorSpec, ...]) -> None:
-    """Check ranks, static sizes, and that axes of one name have one size in all inputs.
+def _require_one_size_per_axis(specs: tuple[TensorSpec, ...], feeds: dict[str, Array]) -> None:
+    """Check that axes of one name have one size in all inputs, which a runtime reports cryptically.
 
     Raises:
-        DataError: naming the input and the axis.
+        DataError: naming both inputs and the axis.
     """
     sizes: dict[str, tuple[int, str]] = {}
     for spec in specs:
-        if spec.shape is None:
-            continue
-        shape = feeds[spec.name].shape
-        wanted = "[" + ", ".join("?" if size is None else str(size) for size in spec.shape) + "]"
-        if len(shape) != len(spec.shape):
-            raise DataError(
-                f"input {spec.name!r} has {len(shape)} axes {list(shape)}; the model takes {wanted}",
-                remedy="add the batch axis: x[None]" if len(shape) == len(spec.shape) - 1 else "reshape it",
-            )
-        for axis, (size, expected) in enumerate(zip(shape, spec.shape, strict=True)):
-            if isinstance(expected, int) and size != expected:
+        for size, axis in zip(feeds[spec.name].shape, spec.shape or (), strict=False):
+            if not isinstance(axis, str):
+                continue
+            first = sizes.setdefault(axis, (size, spec.name))
+            if first[0] != size:
                 raise DataError(
-                    f"axis {axis} of input {spec.name!r} has size {size}; the model takes {expected}",
-                    why=f"the input's shape is {wanted}",
-                    remedy="pad, crop or split the input; compile with --shape for another size",
+                    f"inputs disagree about axis {axis!r}",
+                    where=spec.name,
+                    why=f"{first[1]!r} has {first[0]}, {spec.name!r} has {size}",
+                    remedy="pass arrays of one batch and length",
                 )
-            if isinstance(expected, str):
-                first = sizes.setdefault(expected, (size, spec.name))
-                if first[0] != size:
-                    raise DataError(
-                        f"inputs disagree about axis {expected!r}",
-                        why=f"{first[1]!r} has {first[0]}, {spec.name!r} has {size}",
-                        remedy="pass arrays of one batch and length",
-                    )

@@ -13,13 +13,14 @@ import msgspec
 
 from ..graph.errors import ModelError, NotSupported
 from ..graph.model import Origin, Task, TensorSpec
+from ..runtimes.base import SessionOptions
 from ..targets.profile import Evidence
 
 SCHEMA_VERSION = 1
 
 # C#'s enum has no ORT_ENABLE_LAYOUT; ORT_ENABLE_ALL is what a session does without being told.
 GraphOptimizationLevel = Literal["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"]
-DEFAULT_LEVEL = "ORT_ENABLE_ALL"
+_DEFAULT_LEVEL = "ORT_ENABLE_ALL"
 
 # Config entries steer numerics and speed only. A bundle comes from strangers: entries that name a
 # file (profiles, external initializers, optimized models, state) are not in this list.
@@ -80,19 +81,26 @@ class SessionSettings(
             if len(value) > _MAX_VALUE_LENGTH or not value.isprintable():
                 raise ValueError(f"session config entry {key!r} has a value that is no single line")
 
+    def options(self, *, threads: int) -> SessionOptions:
+        """The same as options of a session."""
+        return SessionOptions(
+            threads=threads,
+            graph_optimization_level=self.graph_optimization_level,
+            config=dict(self.config),
+        )
 
-def session_settings(level: str | None, config: dict[str, str]) -> SessionSettings:
-    """Settings from a level's name (None or onnxruntime's default both mean the default).
+
+def session_settings(options: SessionOptions) -> SessionSettings:
+    """What of a session's options a bundle carries: the level, absent if default, and the config.
 
     Raises:
-        ValueError: if not every language binding can set it that way.
+        ValueError: if not every language binding can set it that way, or a bundle may not.
     """
-    if level is None or level == DEFAULT_LEVEL:
-        return SessionSettings(config=dict(sorted(config.items())))
-    if level not in get_args(GraphOptimizationLevel):
+    level = None if options.level_name == _DEFAULT_LEVEL else options.level_name
+    if level is not None and level not in get_args(GraphOptimizationLevel):
         raise ValueError(f"graph optimization level {level!r} cannot be set from every language")
     return msgspec.convert(
-        {"graph_optimization_level": level, "config": dict(sorted(config.items()))}, SessionSettings
+        {"graph_optimization_level": level, "config": dict(sorted(options.config.items()))}, SessionSettings
     )
 
 

@@ -41,7 +41,8 @@ def read_npz(path: Path, specs: Iterable[TensorSpec]) -> Feeds:
         DataError: if the file is damaged, or an array is missing, extra or of another type.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: np.load leaves a file open that it finds damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             stored = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(

@@ -12,7 +12,6 @@ from ..compress.plan import Plan
 from ..compress.recipe import parse_recipe
 from ..graph.errors import DataError, ModelError, UserError, VerifyFailed
 from ..graph.model import TensorSpec
-from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from .checksums import SUMS_NAME, bundle_digest, check_sums, list_files
 from .environment import numeric_environment
@@ -185,12 +184,8 @@ def _was_recorded_here(runs: dict[str, RunRecord], manifest: Manifest, golden: G
 
 def _check_model(path: Path, manifest: Manifest, *, exact: bool, progress: Progress | None) -> list[str]:
     """Load the model with the bundle's options, compare its interface, run the golden samples."""
-    settings, golden = manifest.session_options, manifest.golden
-    options = SessionOptions(
-        threads=golden.threads if golden is not None else 1,
-        graph_optimization_level=settings.graph_optimization_level,
-        config=dict(settings.config),
-    )
+    golden = manifest.golden
+    options = manifest.session_options.options(threads=golden.threads if golden is not None else 1)
     try:
         session = OrtSession(path / "model.onnx", options)
     except UserError as error:

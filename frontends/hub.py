@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..graph.errors import ModelError, NotSupported, RuntimeUnavailable
+from ..graph.errors import ModelError, NotSupported, OutputError, RuntimeUnavailable
 from .quiet import to_log
 from .sidecars import SIDECAR_NAMES
 
@@ -50,10 +50,11 @@ def fetch(hub_id: str, *, cache_folder: Path | None, offline: bool) -> Path:
         ModelError: if the hub knows no such model, keeps it gated, or it has no safetensors.
         RuntimeUnavailable: if huggingface_hub is missing, or neither the network nor the cache
             has the model.
+        OutputError: if the cache cannot be written.
     """
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
 
         # The transport's base class, whichever HTTP library this version of the hub stands on.
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -63,7 +64,7 @@ def fetch(hub_id: str, *, cache_folder: Path | None, offline: bool) -> Path:
         ) from error
     with to_log():
         try:
-            if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
+            if offline or constants.HF_HUB_OFFLINE:
                 return _cached(hub_id, cache_folder, why="network access is off")
             try:
                 info = huggingface_hub.HfApi().model_info(hub_id, timeout=_TIMEOUT_S)
@@ -81,14 +82,20 @@ def fetch(hub_id: str, *, cache_folder: Path | None, offline: bool) -> Path:
                     remedy="check the spelling; for a private model, `hf auth login` first",
                 ) from error
             _require_safetensors(hub_id, info)
-            return _download(hub_id, info.sha, cache_folder)
+            return _download(hub_id, cache_folder)
         except (HTTPError, ConnectionError, TimeoutError) as error:
             why = f"the hub cannot be reached ({type(error).__name__})"
             return _cached(hub_id, cache_folder, why=why)
+        except OSError as error:
+            raise OutputError(
+                "the model cannot be stored in the hub's cache",
+                where=str(error.filename or cache_folder or "the hub's cache"),
+                why=error.strerror or str(error),
+                remedy="free some space, or choose another cache folder",
+            ) from error
 
 
-def _download(hub_id: str, revision: str | None, cache_folder: Path | None) -> Path:
-    import huggingface_hub
+def _download(hub_id: str, cache_folder: Path | None) -> Path:
     from huggingface_hub import errors
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
@@ -99,18 +106,25 @@ def _download(hub_id: str, revision: str | None, cache_folder: Path | None) -> P
     quiet_before = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        folder = huggingface_hub.snapshot_download(
-            hub_id,
-            revision=revision,
-            cache_dir=cache_folder,
-            etag_timeout=_TIMEOUT_S,
-            allow_patterns=[*_WEIGHTS, *SIDECAR_NAMES],
-        )
+        return _snapshot(hub_id, cache_folder, local=False)
     except errors.EntryNotFoundError as error:
         raise _unavailable(hub_id, "the download ended before the model was whole") from error
     finally:
         if not quiet_before:
             enable_progress_bars()
+
+
+def _snapshot(hub_id: str, cache_folder: Path | None, *, local: bool) -> Path:
+    """The hub library's snapshot of the files that are wanted; complete, or it raises."""
+    import huggingface_hub
+
+    folder = huggingface_hub.snapshot_download(
+        hub_id,
+        cache_dir=cache_folder,
+        etag_timeout=_TIMEOUT_S,
+        allow_patterns=[*_WEIGHTS, *SIDECAR_NAMES],
+        local_files_only=local,
+    )
     return Path(folder)
 
 
@@ -128,13 +142,10 @@ def _require_safetensors(hub_id: str, info: ModelInfo) -> None:
 
 
 def _cached(hub_id: str, cache_folder: Path | None, *, why: str) -> Path:
-    import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(hub_id, cache_dir=cache_folder, local_files_only=True)
-        )
+        folder = _snapshot(hub_id, cache_folder, local=True)
     except errors.EntryNotFoundError as error:
         raise _unavailable(hub_id, why) from error
     weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]

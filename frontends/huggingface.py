@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +24,8 @@ DEFAULT_OPSET = 20
 _FORMAT = 1
 _MODEL = "model.onnx"
 _NOTE = "export.json"
+_UNFINISHED = ".edgepress-export-"
+_STALE_S = 24 * 3600
 _VERSIONED = ("torch", "transformers", "onnx-ir", "onnxscript")
 
 Progress = Callable[[str], None]
@@ -78,9 +82,9 @@ def export_model(
     if opset not in OPSETS:
         raise NotSupported(
             f"exporting at opset {opset} is not supported",
-            where="--opset",
+            where="opset",
             why=f"torch.export writes opsets {OPSETS.start} to {OPSETS.stop - 1}",
-            remedy=f"leave --opset out (then {DEFAULT_OPSET}), or pass an .onnx file of that opset",
+            remedy=f"leave the opset out (then {DEFAULT_OPSET}), or pass an .onnx file of that opset",
         )
     tell = progress or (lambda _: None)
     tell("reading the weights")
@@ -103,10 +107,9 @@ def _export(checkpoint: Checkpoint, opset: int, entry: Path | None) -> tuple[Mod
     try:
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)
+            _sweep(parent)
         # A mapped file stays readable after it is unlinked, except on Windows, which keeps it.
-        with tempfile.TemporaryDirectory(
-            prefix=".edgepress-export-", dir=parent, ignore_cleanup_errors=True
-        ) as made:
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=parent, ignore_cleanup_errors=True) as made:
             path = Path(made, _MODEL)
             exported = export_checkpoint(checkpoint, path, opset=opset)
             gc.collect()  # the module and torch's graphs refer to each other in cycles
@@ -129,6 +132,17 @@ def _export(checkpoint: Checkpoint, opset: int, entry: Path | None) -> tuple[Mod
             why=error.strerror or str(error),
             remedy="free some space, or set TMPDIR to a folder with room for the float weights",
         ) from error
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed runs left in the cache, once no running export can be that old."""
+    for left in parent.glob(f"{_UNFINISHED}*"):
+        try:
+            stale = time.time() - left.stat().st_mtime > _STALE_S
+        except OSError:  # another process has just finished with it
+            continue
+        if stale:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _keep(made: Path, entry: Path) -> None:
@@ -165,7 +179,8 @@ def _from_cache(entry: Path) -> tuple[Model, ExportNote] | None:
 def _discard(entry: Path) -> None:
     """Take a damaged entry out of the cache; moved first, so that no reader sees half of it."""
     aside = entry.with_name(f".{entry.name}.{os.getpid()}.damaged")
-    entry.rename(aside)
+    with contextlib.suppress(OSError):  # gone already, or not ours to change: it is exported anew
+        entry.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from ..graph.cleanup import FoldConstants, FoldWeights, RemoveUnused
@@ -21,14 +20,13 @@ from ..graph.model import Model, Origin
 from ..graph.passes import run_passes
 from ..graph.save import save_model
 from .checkpoint import Checkpoint
+from .export_check import Arrays, compare_with_torch, run_torch
 from .quiet import to_log
 
 if TYPE_CHECKING:
     import torch
 
 OPSETS = range(18, 24)
-# Relative to the largest output; float32 through a dozen layers leaves about 2e-6.
-TOLERANCE = 1e-4
 _EXAMPLE = (2, 8)
 _CHECKED = ((1, 5), (3, 13))
 _SEED = 20
@@ -49,8 +47,6 @@ _LIBRARY_ERRORS = (
     MemoryError,
 )
 
-Arrays = dict[str, npt.NDArray[np.int64]]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
@@ -68,7 +64,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, opset: int) -> Expo
     """Export a checkpoint to `path` (weights in `path`.data) with dynamic batch and sequence.
 
     The file counts only after onnxruntime has run it at two other batch and sequence sizes, with
-    padding, and agreed with torch to `TOLERANCE`.
+    padding, and agreed with torch (see `export_check`).
 
     Args:
         checkpoint: a folder that `read_checkpoint` accepted.
@@ -92,7 +88,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, opset: int) -> Expo
         model = Model(graph_model, origin=Origin(kind="huggingface", name=checkpoint.folder.name))
         run_passes(model, [FoldWeights(), FoldConstants(), RemoveUnused()])
         save_model(model, path, external_threshold_bytes=0)
-        error = _compare(path, module, checked, names)
+        error = compare_with_torch(path, module, checked, names)
     return Exported(attention=attention, relative_error=error)
 
 
@@ -272,16 +268,9 @@ def _types(module: torch.nn.Module) -> int:
     return count if isinstance(count, int) else 0
 
 
-def _run_torch(module: torch.nn.Module, inputs: Arrays) -> dict[str, Any]:
-    import torch
-
-    outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
-    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-
-
 def _output_names(module: torch.nn.Module, example: Arrays) -> list[str]:
     try:
-        return list(_run_torch(module, example))
+        return list(run_torch(module, example))
     except _LIBRARY_ERRORS as error:
         raise ModelError(
             "the model does not run in torch",
@@ -327,68 +316,3 @@ def _own_weights(model: ir.Model) -> ir.Model:
                 value.const_value = ir.tensor(value.const_value.numpy(), name=name)
     drop_metadata(model)
     return model
-
-
-def _compare(path: Path, module: torch.nn.Module, checked: Sequence[Arrays], names: list[str]) -> float:
-    """The worst relative difference between the file in onnxruntime and the module in torch.
-
-    onnxruntime is used directly: frontends stand below runtimes/, and an export that was never
-    run is not handed on.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Weights stay mapped from the file instead of being copied into packed buffers.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        worst = 0.0
-        for inputs in checked:
-            results = session.run(names, inputs)
-            reference = _run_torch(module, inputs)
-            for name, result in zip(names, results, strict=True):
-                expected = reference[name].numpy()
-                error = _relative_error(result, expected, name)
-                if not error <= TOLERANCE:
-                    raise _differs(name, error, inputs)
-                worst = max(worst, error)
-    except _session_errors() as error:
-        raise ModelError(
-            "onnxruntime cannot run the exported model",
-            where=type(module).__name__,
-            why=" ".join(str(error).split())[:300],
-            remedy="try another --opset, or export the model to .onnx yourself",
-        ) from error
-    return worst
-
-
-def _relative_error(result: npt.NDArray[Any], expected: npt.NDArray[Any], name: str) -> float:
-    if not np.isfinite(expected).all():
-        raise ModelError(
-            "the model's own outputs are not finite",
-            where=f"output {name!r} in torch",
-            why="its weights hold NaN or infinity, or overflow",
-            remedy="pass a checkpoint whose weights are finite",
-        )
-    if result.shape != expected.shape:
-        return float("inf")
-    scale = float(np.abs(expected).max(initial=0.0)) or 1.0
-    return float(np.abs(result - expected).max(initial=0.0)) / scale
-
-
-def _differs(name: str, error: float, inputs: Arrays) -> ModelError:
-    batch, length = inputs["input_ids"].shape
-    return ModelError(
-        "the export does not compute what the torch model computes",
-        where=f"output {name!r} at batch {batch}, sequence {length}",
-        why=f"relative difference {error:.3g}, limit {TOLERANCE:g} (inf: another shape)",
-        remedy="try another --opset, or export the model to .onnx yourself",
-    )
-
-
-def _session_errors() -> tuple[type[Exception], ...]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
-    return (*(getattr(state, name) for name in names), ValueError)

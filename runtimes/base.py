@@ -26,6 +26,14 @@ OptimizationLevel = Literal[
     "ORT_ENABLE_ALL",
 ]
 
+_LEVEL_NAMES = {
+    "disable_all": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "layout": "ORT_ENABLE_LAYOUT",
+    "all": "ORT_ENABLE_ALL",
+}
+
 
 class SessionOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a session runs.
@@ -45,6 +53,12 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
 
+    @property
+    def level_name(self) -> str | None:
+        """The optimization level by the name of onnxruntime's enum; None is the default."""
+        level = self.graph_optimization_level
+        return None if level is None else _LEVEL_NAMES.get(level, level)
+
 
 class Runner(Protocol):
     """A loaded model that runs."""
@@ -61,9 +75,7 @@ class Runner(Protocol):
     def load_ms(self) -> float:
         """How long opening took, in milliseconds."""
 
-    def run(
-        self, feeds: Mapping[str, Array], output_names: Sequence[str] | None = None
-    ) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], output_names: Sequence[str] | None = None) -> dict[str, Array]:
         """Outputs by name for one set of inputs by name.
 
         Raises:

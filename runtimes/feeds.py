@@ -49,7 +49,9 @@ def _wrong_names(known: list[str], unknown: list[str], missing: list[str]) -> Da
         "the inputs given are not the model's inputs",
         where=", ".join(missing or unknown),
         why="; ".join(parts),
-        remedy=f"rename {', '.join(renames)}" if renames else f"the model takes: {', '.join(known) or 'none'}",
+        remedy=f"rename {', '.join(renames)}"
+        if renames
+        else f"the model takes: {', '.join(known) or 'none'}",
     )
 
 

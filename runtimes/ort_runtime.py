@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +21,6 @@ from .feeds import check_feeds
 if TYPE_CHECKING:
     import onnxruntime
 
-_LEVELS = {
-    "disable_all": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "layout": "ORT_ENABLE_LAYOUT",
-    "all": "ORT_ENABLE_ALL",
-}
 _PROVIDER = "CPUExecutionProvider"
 _SILENT = 4  # severities run from 0 (verbose) to 4 (fatal)
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}
@@ -55,7 +47,6 @@ class OrtSession:
     def __init__(self, model: Path | bytes, options: SessionOptions | None = None) -> None:
         self.options = options or SessionOptions()
         self._where = model.name if isinstance(model, Path) else "the serialised model"
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         started = time.perf_counter_ns()
         self._session = _open(model, self.options, self._where)
         self._load_ms = (time.perf_counter_ns() - started) / 1e6
@@ -67,7 +58,7 @@ class OrtSession:
         """Open a graph that is in memory.
 
         Weights up to 1 GiB go over as bytes; larger ones through a temporary folder, which is
-        removed with the session.
+        removed as soon as the session has read or mapped it.
 
         Raises:
             ModelError: if onnxruntime refuses the model.
@@ -76,16 +67,13 @@ class OrtSession:
         if model.weight_bytes <= INLINE_LIMIT_BYTES:
             session = cls(to_bytes(model), options)
         else:
-            folder = tempfile.TemporaryDirectory(prefix="edgepress-session-")
-            path = Path(folder.name) / "model.onnx"
-            save_model(model, path)
-            session = cls(path, options)
-            session._folder = folder
+            with tempfile.TemporaryDirectory(prefix="edgepress-session-") as folder:
+                path = Path(folder) / "model.onnx"
+                save_model(model, path)
+                session = cls(path, options)
         session._where = model.origin.name
         # onnxruntime reports an unknown rank and a scalar alike: the graph knows which it is.
-        session._inputs = tuple(
-            _with_known_rank(spec, model.inputs) for spec in session._inputs
-        )
+        session._inputs = tuple(_with_known_rank(spec, model.inputs) for spec in session._inputs)
         return session
 
     @property
@@ -204,7 +192,7 @@ def _largest(make: Any, versions: range) -> int:
     return best
 
 
-def _onnxruntime() -> ModuleType:
+def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -235,9 +223,8 @@ def _open(
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = _SILENT
-    level = options.graph_optimization_level
-    if level is not None:
-        settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS.get(level, level))
+    if options.level_name is not None:
+        settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, options.level_name)
     if save_to is not None:
         settings.optimized_model_filepath = str(save_to)
         settings.add_session_config_entry(
@@ -284,7 +271,7 @@ def _with_known_rank(spec: TensorSpec, graph_inputs: tuple[TensorSpec, ...]) -> 
 def _forget_large(value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is not None and tensor.nbytes > _KEPT_CONSTANT_BYTES:
-        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(list(tensor.shape))
+        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
         value.const_value = None
     elif isinstance(tensor, ir.ExternalTensor):
         value.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name)

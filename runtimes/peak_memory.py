@@ -8,6 +8,7 @@ named in the request, and prints what it needed as JSON.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,13 +23,6 @@ from .cpu import peak_memory_bytes
 if TYPE_CHECKING:
     from .base import Array, SessionOptions
 
-_LEVELS = {
-    "disable_all": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "layout": "ORT_ENABLE_LAYOUT",
-    "all": "ORT_ENABLE_ALL",
-}
 _REPORT = "edgepress-peak-memory "
 
 
@@ -60,9 +54,8 @@ def measure_peak_memory(
     with tempfile.TemporaryDirectory(prefix="edgepress-peak-") as folder:
         arrays = Path(folder) / "feeds.npz"
         names = list(feeds)
-        np.savez(arrays, **{f"input_{index}": feeds[name] for index, name in enumerate(names)})
+        np.savez(arrays, allow_pickle=False, **{f"input_{i}": _plain(feeds[n]) for i, n in enumerate(names)})
         request = Path(folder) / "request.json"
-        level = options.graph_optimization_level
         request.write_text(
             json.dumps(
                 {
@@ -70,7 +63,7 @@ def measure_peak_memory(
                     "feeds": str(arrays),
                     "names": names,
                     "threads": options.threads,
-                    "level": None if level is None else _LEVELS.get(level, level),
+                    "level": options.level_name,
                     "config": options.config,
                 }
             ),
@@ -80,11 +73,18 @@ def measure_peak_memory(
     return {"peak_bytes": int(report["peak_bytes"]), "imports_bytes": int(report["imports_bytes"])}
 
 
+def _plain(array: Array) -> Array:
+    """Text as fixed-width characters: objects could only be stored by pickling them."""
+    return array.astype(str) if array.dtype.kind == "O" else array
+
+
 def _run_child(request: Path, model_path: Path, timeout_s: float) -> dict[str, Any]:
-    package_parent = Path(__file__).resolve().parent.parent.parent
+    # The child finds the package where this process found it, and nothing in the current folder.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__, str(request)],
+            [sys.executable, "-P", "-m", "edgepress.runtimes.peak_memory", str(request)],
+            env=environment,
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -117,7 +117,7 @@ def _run_child(request: Path, model_path: Path, timeout_s: float) -> dict[str, A
         "the model does not run in a process of its own",
         where=model_path.name,
         why=(done.stderr.strip().splitlines() or ["no message"])[-1],
-        remedy=f"check that edgepress is importable there ({package_parent}) and that the inputs fit the model",
+        remedy="check that the inputs fit the model: `edgepress inspect`",
     )
 
 

@@ -31,10 +31,14 @@ _CLASSES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
     ),
 }
 _BOARDS = {"Raspberry Pi 4": "raspberry-pi-4", "Raspberry Pi 5": "raspberry-pi-5"}
+# The flags of /proc/cpuinfo that decide which kernels run; the others are noise in a profile.
 _KERNEL_FEATURES = frozenset(
-    "sse2 sse4_1 avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16"
-    " avx_vnni avx_vnni_int8 amx_tile amx_int8 amx_bf16 fp asimd crc32 asimddp fphp asimdhp i8mm bf16 sve sve2"
-    " sme".split()
+    {
+        *("sse2", "sse4_1", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8"),
+        *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+        *("amx_tile", "amx_int8", "amx_bf16"),
+        *("fp", "asimd", "crc32", "asimddp", "fphp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme"),
+    }
 )
 # macOS names of the features that Linux calls as on the right.
 _DARWIN_FEATURES = {
@@ -143,7 +147,9 @@ def host_overlay(facts: HostFacts, base: Tables) -> Tables:
         "cores": _probed(facts.cores, "physical cores this process may use"),
         "l2_shared": facts.l2_shared,
     }
-    device |= {name: _probed(size, "the operating system's cache table") for name, size in facts.caches_bytes.items()}
+    device |= {
+        name: _probed(size, "the operating system's cache table") for name, size in facts.caches_bytes.items()
+    }
     if facts.board:
         device["board"] = facts.board
     if facts.clock_hz:
@@ -158,7 +164,7 @@ def host_overlay(facts: HostFacts, base: Tables) -> Tables:
         "runtime": _runtime_overlay(facts.runtime_version, base["runtime"]),
         "default_threads": facts.cores,
         "notes": [
-            f"probed live: device, threads and runtime version; kernels and their speed are those of {base['name']}",
+            f"probed live: device, threads, runtime version; kernel figures are those of {base['name']}",
             *base.get("notes", ()),
         ],
     }
@@ -213,9 +219,7 @@ def _arm_core(entry: dict[str, str]) -> str | None:
 
 def _usable_cores(entries: list[dict[str, str]], root: Path) -> int:
     """Physical cores, not above what the scheduler and the control group grant; at least 1."""
-    cores = {
-        (entry.get("physical id", "0"), entry.get("core id", entry["processor"])) for entry in entries
-    }
+    cores = {(entry.get("physical id", "0"), entry.get("core id", entry["processor"])) for entry in entries}
     limits = [len(cores) or os.cpu_count() or 1]
     if root == Path("/") and hasattr(os, "sched_getaffinity"):
         limits.append(len(os.sched_getaffinity(0)))

@@ -171,7 +171,8 @@ def _require(key: str, known: tuple[str, ...], parents: list[str], override: str
 
 
 def _near(key: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    containing = [name for name in known if key and (key in name or name in key)]
+    near = list(dict.fromkeys([*containing, *difflib.get_close_matches(key, known, n=3, cutoff=0.6)]))[:3]
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"there are: {', '.join(known)}"
@@ -190,7 +191,10 @@ def _profile_error(
         path = f"{path}.{unknown[1]}" if path else unknown[1]
     source = f"{where} with --set" if overridden else where
     return TargetError(
-        "the target profile is not valid", where=f"{source}: {path}" if path else source, why=text, remedy=remedy
+        "the target profile is not valid",
+        where=f"{source}: {path}" if path else source,
+        why=text,
+        remedy=remedy,
     )
 
 

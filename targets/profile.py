@@ -271,8 +271,10 @@ class TargetProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """The activation type of the best static kernel (of Conv, else MatMul, else Gemm)."""
         for op in ("Conv", "MatMul", "Gemm"):
             for kernel in self.candidates(op, forms=("static",)):
-                if kernel.activation == "int8" or kernel.activation == "uint8":
-                    return kernel.activation
+                if kernel.activation == "int8":
+                    return "int8"
+                if kernel.activation == "uint8":
+                    return "uint8"
         return None
 
 

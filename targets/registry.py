@@ -119,12 +119,14 @@ def _canonical_name(text: str) -> str:
     names: dict[str, str] = {HOST: HOST}
     for name, tables in _built_in_tables():
         if not name.startswith("_"):
-            names |= {name: name, **{alias: name for alias in tables.get("aliases", ())}}
+            names |= {name: name, **dict.fromkeys(tables.get("aliases", ()), name)}
     wanted = text.strip().lower().replace("_", "-")
     known = {key.replace("_", "-"): value for key, value in names.items()}
     if wanted in known and known[wanted] != HOST:
         return known[wanted]
-    near = list(dict.fromkeys(known[key] for key in difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)))
+    near = list(
+        dict.fromkeys(known[key] for key in difflib.get_close_matches(wanted, known, n=3, cutoff=0.5))
+    )
     if Path(text).exists():
         remedy = f"for a profile of your own give a path that ends in .toml, such as ./{text}.toml"
     elif near:
@@ -185,7 +187,9 @@ def _resolve(
         raise TargetError("base must be the name of a profile", where=f"{where}: base", why=f"it is {base!r}")
     key = str((folder or Path()) / base) if base.endswith(".toml") else base
     if key in seen:
-        raise TargetError("profiles build on each other in a circle", where=f"{where}: base", why=" -> ".join(seen))
+        raise TargetError(
+            "profiles build on each other in a circle", where=f"{where}: base", why=" -> ".join(seen)
+        )
     if base.endswith(".toml"):
         if folder is None:
             raise InternalError(f"built-in profile {where} has a file as base")

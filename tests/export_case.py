@@ -25,6 +25,7 @@ from edgepress.graph.errors import EdgepressError
 from edgepress.graph.load import load_model
 from edgepress.graph.model import Model
 from edgepress.graph.save import save_model
+from edgepress.runtimes.base import SessionOptions
 from onnx import TensorProto, helper, numpy_helper
 
 ROWS, HIDDEN, OUT = 50, 16, 8
@@ -78,7 +79,7 @@ def contents_of(
     work = Path(folder) / "work"
     work.mkdir(exist_ok=True, parents=True)
     files = save_model(model, work / "model.onnx", **({"external_threshold_bytes": 0} if external else {}))
-    settings = session_settings(level, config or {})
+    settings = session_settings(SessionOptions(graph_optimization_level=level, config=config or {}))
     samples = measure_golden(model, files[0], settings, seed=seed) if golden else None
     manifest = Manifest(
         model=ModelRecord(

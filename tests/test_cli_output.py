@@ -15,7 +15,13 @@ from edgepress.driver.output import (
     json_text,
     write_answer,
 )
-from edgepress.driver.reporter import LiveReporter, PlainReporter, SilentReporter, console_reporter
+from edgepress.driver.reporter import (
+    LiveReporter,
+    PlainReporter,
+    SilentReporter,
+    absolute_progress,
+    console_reporter,
+)
 from rich.console import Console
 
 ANSWER = Answer(
@@ -101,7 +107,7 @@ def test_durations(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 %"), (0.257, "25.7 %"), (1, "100 %"), (0.000412, "0.0412 %"), (-0.05, "-5.00 %")],
+    [(0, "0 %"), (0.257, "25.7 %"), (1, "100 %"), (0.000412, "0.0412 %"), (4.7e-17, "4.7e-15 %"), (-0.05, "-5.00 %")],
 )
 def test_percentages(value, text):
     assert format_percent(value) == text
@@ -206,6 +212,20 @@ def test_live_stages_nest_and_clean_up_after_an_error():
     assert "warning: [red]careful[/red]" in text
     # The cursor is shown again once the display has stopped.
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_absolute_counts_become_steps():
+    reporter, stream, clock = plain("normal")
+    with reporter.stage("drift", total=8) as stage:
+        tell = absolute_progress(stage)
+        for done in (1, 3, 4, 2):  # the second round begins with 2
+            clock.now_s += 5
+            tell(done, 4)
+    assert stream.getvalue().splitlines() == [
+        "drift: 3 of 8, about 17 s left",
+        "drift: 6 of 8, about 7 s left",
+        "drift: 20.0 s",
+    ]
 
 
 def test_live_and_quiet_shows_only_warnings():

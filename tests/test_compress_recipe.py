@@ -4,7 +4,7 @@ import math
 
 import msgspec
 import pytest
-from edgepress.calibration.drift import LIMIT_METRICS
+from edgepress.calibration.limits import LIMIT_METRICS
 from edgepress.compress.recipe import (
     METRICS,
     SCHEMA_VERSION,

@@ -32,6 +32,10 @@ def contents(tmp_path_factory):
     return case.contents_of(case.text_model(folder), folder)
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def tree(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
@@ -79,7 +83,7 @@ def test_layout_and_sums(contents, tmp_path):
     assert record["bundle"] == hashlib.sha256(sums.encode()).hexdigest()
     assert {stat.S_IMODE(path.stat().st_mode) for path in (out, out / "golden")} == {0o750}
     assert {stat.S_IMODE((out / name).stat().st_mode) for name in files} == {0o640}
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names_in(tmp_path) == ["bundle"]
 
 
 def test_external_weights_travel(tmp_path):
@@ -95,7 +99,7 @@ def test_existing_output_is_refused_and_untouched(contents, tmp_path):
         write_bundle(contents, out, overwrite=False)
     assert "--overwrite" in caught.value.remedy
     assert tree(out) == before
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names_in(tmp_path) == ["bundle"]
 
 
 def test_overwrite_replaces_a_bundle_with_its_runs(contents, tmp_path):
@@ -106,7 +110,7 @@ def test_overwrite_replaces_a_bundle_with_its_runs(contents, tmp_path):
     write_bundle(contents, place, overwrite=True)
     fresh = write_bundle(contents, tmp_path / "fresh", overwrite=False)
     assert tree(place) == tree(fresh)
-    assert sorted(os.listdir(tmp_path)) == ["bundle", "fresh", "other"]
+    assert names_in(tmp_path) == ["bundle", "fresh", "other"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "bundle-with-notes", "half-bundle"])
@@ -152,14 +156,14 @@ def test_impossible_paths(tmp_path, name):
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OutputError):
         check_output(tmp_path / name, False)
-    assert os.listdir(tmp_path) == ["loop"]
+    assert names_in(tmp_path) == ["loop"]
 
 
 def test_longest_name_that_a_folder_can_have(contents, tmp_path):
     out = tmp_path / ("é" * 127)
     assert write_bundle(contents, out, overwrite=False) == out
     write_bundle(contents, out, overwrite=True)
-    assert os.listdir(tmp_path) == ["é" * 127]
+    assert names_in(tmp_path) == ["é" * 127]
 
 
 def test_the_current_folder_is_refused(contents, tmp_path, monkeypatch):
@@ -180,13 +184,18 @@ def test_link_to_a_folder_is_followed(contents, tmp_path):
 def test_missing_parents_are_made_and_unmade(contents, tmp_path):
     out = tmp_path / "a" / "b" / "bundle"
     check_output(out, False)
-    assert os.listdir(tmp_path) == []
-    with pytest.raises(RuntimeError, match="halfway"), staged(out, overwrite=False) as folder:
-        (folder / "part").write_text("x")
-        raise RuntimeError("halfway")
-    assert os.listdir(tmp_path) == []
+    assert names_in(tmp_path) == []
+
+    def half_way():
+        with staged(out, overwrite=False) as folder:
+            (folder / "part").write_text("x")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        half_way()
+    assert names_in(tmp_path) == []
     write_bundle(contents, out, overwrite=False)
-    assert os.listdir(out.parent) == ["bundle"]
+    assert names_in(out.parent) == ["bundle"]
 
 
 def test_failed_swap_brings_the_old_bundle_back(contents, tmp_path, monkeypatch):
@@ -202,7 +211,7 @@ def test_failed_swap_brings_the_old_bundle_back(contents, tmp_path, monkeypatch)
     with pytest.raises(OutputError, match="does not fit"):
         write_bundle(contents, out, overwrite=True)
     assert tree(out) == before
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names_in(tmp_path) == ["bundle"]
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
@@ -220,7 +229,7 @@ def test_interrupted_swap_brings_the_old_bundle_back(contents, tmp_path, monkeyp
     with pytest.raises(interrupt):
         write_bundle(contents, out, overwrite=True)
     assert tree(out) == before
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names_in(tmp_path) == ["bundle"]
 
 
 def test_killed_run_is_swept_by_the_next(tmp_path):
@@ -229,7 +238,7 @@ def test_killed_run_is_swept_by_the_next(tmp_path):
     before = tree(out)
     process = start(tmp_path / "child", out, "--overwrite", "--pause-after", "3")
     wait_for(tmp_path / "child" / "paused", process)
-    leftovers = [name for name in os.listdir(tmp_path) if ".edgepress-" in name]
+    leftovers = [name for name in names_in(tmp_path) if ".edgepress-" in name]
     assert len(leftovers) == 1
     assert leftovers[0].startswith(".bundle.edgepress-")
     sweep(out)  # its owner is alive: not ours to remove
@@ -256,7 +265,7 @@ def test_run_killed_between_the_two_renames_gives_the_old_bundle_back(contents, 
     with pytest.raises(OutputError, match="exists already"):
         check_output(out, False)
     assert tree(out) == before
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert names_in(tmp_path) == ["bundle"]
 
 
 def test_sweep_leaves_strangers_alone(tmp_path):
@@ -276,7 +285,7 @@ def test_sweep_leaves_strangers_alone(tmp_path):
     os.utime(fresh, (0, 0))
     sweep(tmp_path / "out")
     assert not fresh.exists()
-    assert len(os.listdir(tmp_path)) == 3
+    assert len(names_in(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
@@ -287,7 +296,7 @@ def test_signals_leave_nothing(tmp_path, number, code):
     process.send_signal(number)
     process.communicate()
     assert process.returncode == code
-    assert os.listdir(tmp_path) == ["child"]
+    assert names_in(tmp_path) == ["child"]
 
 
 def test_full_disk_leaves_nothing(tmp_path):
@@ -297,7 +306,7 @@ def test_full_disk_leaves_nothing(tmp_path):
     assert process.returncode == 2, message
     assert "does not fit" in message
     assert "Traceback" not in message
-    assert os.listdir(tmp_path) == ["child"]
+    assert names_in(tmp_path) == ["child"]
 
 
 def test_same_bytes_under_two_hash_seeds(tmp_path):
@@ -351,7 +360,7 @@ def test_local_paths_are_taken_out_of_assets(tmp_path):
 def test_unreadable_asset_leaves_nothing(tmp_path):
     with pytest.raises(OutputError, match="cannot be read"):
         case.make_bundle(tmp_path, assets={"vocab.txt": tmp_path / "gone.txt"})
-    assert sorted(os.listdir(tmp_path)) == ["source.onnx", "work"]
+    assert names_in(tmp_path) == ["source.onnx", "work"]
 
 
 def test_manifest_must_fit_the_contents(contents, tmp_path):
@@ -361,7 +370,7 @@ def test_manifest_must_fit_the_contents(contents, tmp_path):
         write_bundle(replace(contents, golden=None), tmp_path / "bundle", overwrite=False)
     with pytest.raises(InternalError, match="assets"):
         write_bundle(replace(contents, assets={"../x": b""}), tmp_path / "bundle", overwrite=False)
-    assert os.listdir(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 def test_runs_are_numbered_and_bound(contents, tmp_path):

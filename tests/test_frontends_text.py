@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import string
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -12,7 +13,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from edgepress.frontends.text import TextEncoder
-from edgepress.graph.errors import DataError, ModelError
+from edgepress.graph.errors import DataError, ModelError, RuntimeUnavailable
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -146,7 +147,13 @@ def test_names_choose_the_arrays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tokenizer_length", "positions", "sentence_length", "expected"),
-    [(40, None, None, 40), (40, 32, None, 32), (40, 32, 16, 16), (10**30, None, None, 5), (1e30, 24, None, 24)],
+    [
+        (40, None, None, 40),
+        (40, 32, None, 32),
+        (40, 32, 16, 16),
+        (10**30, None, None, 5),
+        (1e30, 24, None, 24),
+    ],
 )
 def test_max_length_is_the_smallest_limit(
     tmp_path: Path, tokenizer_length, positions, sentence_length, expected: int
@@ -254,6 +261,14 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     wordpiece_folder(tmp_path, truncation_side="middle")
     with pytest.raises(ModelError, match="limits do not fit"):
         TextEncoder.load(folder)
+
+
+def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = wordpiece_folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(RuntimeUnavailable, match="tokenizers") as caught:
+        TextEncoder.load(folder)
+    assert "pip install 'edgepress[text]'" in str(caught.value.remedy)
 
 
 def test_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:

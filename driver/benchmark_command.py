@@ -1,0 +1,135 @@
+"""`edgepress benchmark`: time bundles and models against each other on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from ..calibration.data import generated_data
+from ..calibration.generated import index_limits
+from ..compress.recipe import Recipe
+from ..export.environment import numeric_environment
+from ..export.manifest import SessionSettings
+from ..export.runs import append_run
+from ..graph.errors import OutputError, RecipeError, RuntimeUnavailable
+from ..runtimes.base import Array
+from ..runtimes.ort_runtime import OrtSession
+from ..runtimes.peak_memory import measure_peak_memory
+from ..runtimes.timing import BenchmarkResult, Candidate, Schedule, benchmark
+from .data_sets import input_shapes
+from .opened import Opened, open_named
+from .options import shapes_from
+from .output import Answer
+from .reporter import Reporter, absolute_progress
+from .timing_tables import measured_how, timing_table
+
+Feeds = Mapping[str, Array]
+_INPUT_SETS = 4
+
+
+def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
+    """Time everything that was named, the baseline first; bundles keep the figures in runs/.
+
+    Raises:
+        ModelError: if something named cannot be opened.
+        DataError: if the models do not take the same inputs.
+        RecipeError: if --shape names no input of them.
+    """
+    named = list(dict.fromkeys([*filter(None, [arguments.baseline]), *arguments.bundle_or_model]))
+    threads = 1 if arguments.threads is None else arguments.threads
+    opened = [open_named(name, reporter, threads=threads) for name in named]
+    shapes = shapes_from(arguments.shape)
+    feeds = _inputs(opened[0], shapes, arguments.seed or 0)
+    batch = next((len(values) for values in feeds[0].values() if values.ndim), 1)
+    schedule = Schedule() if arguments.rounds is None else Schedule(pairs=arguments.rounds)
+    with tempfile.TemporaryDirectory(prefix="edgepress-benchmark-") as scratch:
+        files = [item.saved(_subfolder(scratch, index)) for index, item in enumerate(opened)]
+        candidates = [
+            Candidate(
+                name=item.name,
+                open=functools.partial(OrtSession, file, item.options),
+                feeds=feeds,
+                samples_per_run=batch,
+            )
+            for item, file in zip(opened, files, strict=True)
+        ]
+        with reporter.stage("benchmark", total=schedule.pairs) as stage:
+            result = benchmark(candidates, schedule, progress=absolute_progress(stage))
+        with reporter.stage("peak memory", total=len(opened)) as stage:
+            peaks = []
+            for item, file in zip(opened, files, strict=True):
+                peaks.append(_peak_bytes(item, file, feeds[0], reporter))
+                stage.advance()
+    result = _with_peaks(result, peaks)
+    shape_texts = [f"{name}:{'x'.join(map(str, values.shape))}" for name, values in feeds[0].items()]
+    document = {
+        "threads": threads,
+        "inputs": shape_texts,
+        "environment": numeric_environment(SessionSettings(config={}), threads),
+        "benchmark": result,
+    }
+    for item in opened:
+        _keep(item, document, reporter)
+    return Answer(
+        document=document,
+        blocks=(
+            f"Threads: {threads}; inputs {', '.join(shape_texts)}; {measured_how(result)}.",
+            timing_table(result),
+        ),
+    )
+
+
+def _inputs(opened: Opened, shapes: dict[str, tuple[int, ...]], seed: int) -> Sequence[Feeds]:
+    """A few sets of generated inputs of the shapes asked for; other axes are 1 (batch) and 128."""
+    model = opened.graph()
+    known = [spec.name for spec in model.inputs]
+    for name in shapes:
+        if name not in known:
+            raise RecipeError(
+                f"{opened.name} has no input {name!r}",
+                where="--shape",
+                remedy=f"its inputs are {', '.join(map(repr, known))}",
+            )
+    chosen = input_shapes(model, Recipe(target="host", shapes=shapes))
+    batch = next((shape[0] for shape in chosen.values() if shape), 1)
+    data = generated_data(
+        model.inputs, chosen, _INPUT_SETS * batch, seed=seed, index_limits=index_limits(model)
+    )
+    return [feeds for feeds, _ in data.batches(batch)]
+
+
+def _subfolder(scratch: str, index: int) -> Path:
+    folder = Path(scratch) / str(index)
+    folder.mkdir()
+    return folder
+
+
+def _peak_bytes(opened: Opened, file: Path, feeds: Feeds, reporter: Reporter) -> int | None:
+    try:
+        return measure_peak_memory(file, feeds, opened.options)["peak_bytes"]
+    except RuntimeUnavailable as error:
+        reporter.warn(f"peak memory of {opened.name} was not measured: {error.what}")
+        return None
+
+
+def _with_peaks(result: BenchmarkResult, peaks: Sequence[int | None]) -> BenchmarkResult:
+    timings = tuple(
+        msgspec.structs.replace(timing, peak_memory_bytes=peak)
+        for timing, peak in zip(result.timings, peaks, strict=True)
+    )
+    return msgspec.structs.replace(result, timings=timings)
+
+
+def _keep(opened: Opened, document: Mapping[str, object], reporter: Reporter) -> None:
+    """Add the figures to a bundle's runs/; a bundle that cannot be written to is no obstacle."""
+    if opened.bundle is None:
+        return
+    try:
+        append_run(opened.bundle, "benchmark", msgspec.to_builtins(document))
+    except OutputError as error:
+        reporter.warn(f"the figures were not kept in {opened.bundle}: {error.why or error.what}")

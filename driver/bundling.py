@@ -1,0 +1,135 @@
+"""From a finished candidate to a bundle on disk: manifest, golden samples, assets, recipe with pins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..export.bundle import BundleContents, append_run, write_bundle
+from ..export.golden import GoldenSet, measure_golden
+from ..export.manifest import (
+    DataRecord,
+    Manifest,
+    ModelRecord,
+    PrecisionSummary,
+    TargetRecord,
+    package_versions,
+    session_settings,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..calibration.data import CalibrationData
+    from ..calibration.drift import DriftReport
+    from ..compress.recipe import Recipe
+    from ..frontends.source import Source
+    from ..runtimes.timing import BenchmarkResult
+    from ..targets.profile import Evidence, TargetProfile
+    from .candidate import Candidate
+    from .data_sets import DataSets
+    from .reporter import Reporter
+
+_GOLDEN_SAMPLES = 3
+
+
+def golden_samples(candidate: Candidate, recipe: Recipe, data: CalibrationData | None) -> GoldenSet | None:
+    """Golden inputs and outputs of a candidate, unless the recipe skips them."""
+    if "golden" in recipe.skip:
+        return None
+    own = None
+    if recipe.golden == "data" and data is not None:
+        own = [dict(feeds) for feeds, _ in zip(data, range(_GOLDEN_SAMPLES), strict=False)]
+    return measure_golden(
+        candidate.model,
+        candidate.file,
+        session_settings(candidate.options(recipe.threads)),
+        inputs=own,
+        seed=recipe.seed,
+        threads=recipe.threads,
+        shapes=recipe.shapes or None,
+    )
+
+
+def bundle(
+    out: Path,
+    source: Source,
+    profile: TargetProfile,
+    candidate: Candidate,
+    *,
+    recipe: Recipe,
+    sets: DataSets,
+    drift: DriftReport | None,
+    timing: BenchmarkResult | None,
+    evidence: Evidence,
+    overwrite: bool,
+    reporter: Reporter,
+) -> Path:
+    """Write the bundle atomically, and the benchmark into its runs/."""
+    with reporter.stage("golden samples"):
+        golden = golden_samples(candidate, recipe, sets.evaluate)
+    manifest = Manifest(
+        model=ModelRecord(
+            name=source.model.origin.name,
+            files=tuple(path.name for path in candidate.files),
+            fingerprint=candidate.model.fingerprint(),
+            inputs=candidate.model.inputs,
+            outputs=candidate.model.outputs,
+            opset=candidate.model.opset,
+            ir_version=candidate.model.ir.ir_version,
+        ),
+        source=source.model.origin,
+        task=source.model.task,
+        target=TargetRecord(name=profile.name, profile_digest=_digest(profile)),
+        data=tuple(_records(sets)),
+        evidence=evidence,
+        precision=PrecisionSummary(
+            requested=recipe.precision,
+            quantization=candidate.plan.quantization,
+            operators=dict(sorted(Counter(item.form for item in candidate.plan.decisions).items())),
+        ),
+        session_options=session_settings(candidate.options(recipe.threads)),
+        golden=None if golden is None else golden.record,
+        assets=tuple(sorted(source.files)),
+        stamps=sets.stamps,
+        versions=package_versions(*(("torch", "transformers") if source.model.origin.exporter else ())),
+    )
+    contents = BundleContents(
+        manifest=manifest,
+        model_files=candidate.files,
+        recipe=recipe,
+        plan=candidate.plan,
+        drift=drift,
+        golden=golden,
+        assets=source.files,
+    )
+    with reporter.stage("writing the bundle"):
+        place = write_bundle(contents, out, overwrite=overwrite)
+        if timing is not None:
+            append_run(
+                place, "benchmark", {"where": "the machine that compiled", **msgspec.to_builtins(timing)}
+            )
+    return place
+
+
+def _records(sets: DataSets) -> list[DataRecord]:
+    records = []
+    for data, split in ((sets.calibrate, "calibrate"), (sets.evaluate, "evaluate")):
+        if data is not None:
+            records.append(
+                DataRecord(
+                    name=data.name,
+                    digest=data.digest,
+                    origin=data.origin,
+                    split="calibrate" if split == "calibrate" else "evaluate",
+                    samples=len(data),
+                )
+            )
+    return records
+
+
+def _digest(profile: TargetProfile) -> str:
+    return hashlib.sha256(msgspec.json.encode(profile, order="sorted")).hexdigest()

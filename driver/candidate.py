@@ -1,0 +1,173 @@
+"""One lowered form of the model on disk: how it is made, opened and held against the baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..compress.audit import Audit, audit, demote_silent_floats
+from ..compress.lower import apply_plan, fusion_passes
+from ..compress.quantize.static import static_layout
+from ..export.samples import candidate_inputs
+from ..graph.cleanup import exact_cleanup
+from ..graph.errors import EdgepressError, InternalError
+from ..graph.passes import PassRecord, run_passes
+from ..graph.save import save_model
+from ..runtimes.base import SessionOptions
+from ..runtimes.ort_runtime import OrtSession
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ..calibration.data import CalibrationData
+    from ..compress.plan import Plan
+    from ..compress.quantize.static import Ranges
+    from ..compress.recipe import Recipe
+    from ..graph.model import Model
+    from ..runtimes.base import Array
+    from ..targets.profile import TargetProfile
+    from .reporter import Reporter
+
+_EXACT_FRACTION = 1e-4
+_CHECK_SAMPLES = 3
+SLOW_FUSIONS = {"SkipLayerNormalization": "SkipLayerNormFusion"}
+_DISABLE_KEY = "optimization.disable_specified_optimizers"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model in the form that would ship: graph, plan, file, options, and the runtime's view of it."""
+
+    model: Model
+    plan: Plan
+    file: Path
+    files: tuple[Path, ...]
+    config: dict[str, str]
+    audit: Audit
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the model's files."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def options(self, threads: int) -> SessionOptions:
+        """Session options as the bundle will have them."""
+        return SessionOptions(threads=threads, config=dict(self.config))
+
+
+def check_samples(model: Model, data: CalibrationData | None, recipe: Recipe) -> list[dict[str, Array]]:
+    """A few inputs for comparing two forms of one model: the user's, else generated ones."""
+    if data is not None and len(data):
+        return [feeds for feeds, _ in zip(data, range(_CHECK_SAMPLES), strict=False)]
+    for samples in candidate_inputs(model, seed=recipe.seed, count=_CHECK_SAMPLES, shapes=recipe.shapes):
+        return [dict(sample) for sample in samples]
+    raise InternalError("no inputs could be generated", where=model.origin.name)
+
+
+def prepare(
+    model: Model,
+    profile: TargetProfile,
+    recipe: Recipe,
+    *,
+    samples: Sequence[Mapping[str, Array]],
+    baseline: OrtSession,
+    reporter: Reporter,
+) -> tuple[Model, list[PassRecord]]:
+    """Clean up and fuse a fork of the model; each stage is checked numerically against the baseline.
+
+    A stage that changes the results beyond float noise is dropped with a warning, never shipped.
+    """
+    expected = [baseline.run(feeds) for feeds in samples]
+    current, records = model.fork(), []
+    for stage_name in ("clean-up", "fusion"):
+        trial = current.fork()
+        passes = (
+            exact_cleanup() if stage_name == "clean-up" else fusion_passes(trial, profile, recipe.fusions)
+        )
+        done = run_passes(trial, passes)
+        problem = _difference(trial, samples, expected)
+        if problem is not None:
+            reporter.warn(f"{stage_name} changed the results ({problem}): left out; please report this model")
+            continue
+        current = trial
+        records += done
+    return current, records
+
+
+def _difference(
+    model: Model, samples: Sequence[Mapping[str, Array]], expected: Sequence[Mapping[str, Array]]
+) -> str | None:
+    """How a graph's results differ from the expected ones beyond float noise, or None."""
+    try:
+        session = OrtSession.from_model(model)
+        results = [session.run(feeds) for feeds in samples]
+    except EdgepressError as error:
+        return error.what
+    for wanted, found in zip(expected, results, strict=True):
+        for name, reference in wanted.items():
+            values = found[name]
+            if reference.shape != values.shape:
+                return f"output {name!r} has shape {values.shape}, not {reference.shape}"
+            if reference.dtype.kind != "f":
+                if not np.array_equal(reference, values):
+                    return f"output {name!r} differs"
+                continue
+            scale = np.abs(reference[np.isfinite(reference)]).max(initial=0.0)
+            if not np.allclose(
+                values, reference, rtol=_EXACT_FRACTION, atol=_EXACT_FRACTION * scale, equal_nan=True
+            ):
+                worst = np.nanmax(np.abs(values.astype(np.float64) - reference.astype(np.float64)))
+                return f"output {name!r} is up to {worst:.2g} off, at a scale of {scale:.2g}"
+    return None
+
+
+def build(
+    prepared: Model,
+    plan: Plan,
+    ranges: Ranges,
+    profile: TargetProfile,
+    folder: Path,
+) -> Candidate:
+    """Carry a plan out, write the file, and look up in the runtime's graph what it makes of it.
+
+    Nodes that the runtime would compute in float although they were planned in integers are taken
+    back to float, with that reason, and the file is made again.
+    """
+    candidate = _write(prepared, plan, ranges, profile, folder)
+    if candidate.audit.silent_floats:
+        plan = demote_silent_floats(plan, candidate.audit)
+        candidate = _write(prepared, plan, ranges, profile, folder)
+    config = dict(profile.session_config)
+    slow = [
+        optimizer
+        for op, optimizer in SLOW_FUSIONS.items()
+        if op in candidate.audit.operators and _is_slower(profile, op)
+    ]
+    if slow:
+        config[_DISABLE_KEY] = ";".join(slow)
+    return dataclasses.replace(candidate, config=config)
+
+
+def _write(prepared: Model, plan: Plan, ranges: Ranges, profile: TargetProfile, folder: Path) -> Candidate:
+    layout = static_layout(prepared, plan.decisions)
+    missing = [name for name in layout.observed if name not in ranges]
+    if missing:
+        raise InternalError("tensors were not calibrated", where=", ".join(missing[:5]))
+    lowered, records = apply_plan(prepared, plan, ranges)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = tuple(save_model(lowered, folder / "model.onnx"))
+    done = type(plan)(
+        **{field: getattr(plan, field) for field in plan.__struct_fields__ if field != "passes"},
+        passes=(*plan.passes, *records),
+    )
+    return Candidate(
+        model=lowered, plan=done, file=files[0], files=files, config={}, audit=audit(files[0], plan, profile)
+    )
+
+
+def _is_slower(profile: TargetProfile, op: str) -> bool:
+    entry = profile.runtime_op(op)
+    return entry is not None and entry.grade == "slower"

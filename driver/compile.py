@@ -1,0 +1,376 @@
+"""`compile_model`: from a model and a target's name to a verified bundle, stage by stage."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..calibration.collect import collect_ranges
+from ..compress.plan import Plan
+from ..compress.propose import Request, is_quantized, propose
+from ..compress.quantize.static import static_layout
+from ..compress.recipe import Pins, Recipe
+from ..export.place import check_output
+from ..export.verify import verify_bundle
+from ..frontends.source import Source, load_source
+from ..graph.errors import NotSupported, RecipeError
+from ..graph.load import require_no_nan
+from ..graph.save import save_model
+from ..runtimes.base import SessionOptions
+from ..runtimes.ort_runtime import OrtSession
+from ..targets.registry import load_target
+from .budget import hold, open_budget, steps
+from .bundling import bundle
+from .candidate import Candidate, build, check_samples, prepare
+from .data_sets import DataSets, input_shapes, open_data_sets
+from .local_benchmark import COMPILED, WITHOUT_OPTIONS, time_against_baseline, timing_inputs
+from .reporter import Reporter, SilentReporter
+from .result import CompileResult, Sizes
+
+if TYPE_CHECKING:
+    from ..calibration.drift import DriftReport
+    from ..compress.quantize.static import Ranges
+    from ..graph.model import Model
+    from ..graph.passes import PassRecord
+    from ..runtimes.timing import BenchmarkResult
+    from ..targets.profile import Evidence, TargetProfile
+
+_EVIDENCE_ORDER: tuple[Evidence, ...] = ("none", "modelled", "measured-elsewhere", "measured-on-target")
+
+
+def compile_model(
+    model: str | Path,
+    *,
+    target: str,
+    output: str | Path | None = None,
+    calib: str | None = None,
+    eval_data: str | None = None,
+    recipe: Recipe | None = None,
+    tokenizer: str | None = None,
+    preprocessor: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    reporter: Reporter | None = None,
+) -> CompileResult:
+    """Compile a model for a target into a bundle: smaller, not slower, with its drift measured.
+
+    Args:
+        model: an .onnx file, a Hugging Face folder, or a hub id.
+        target: a built-in target's name ("raspberry-pi-5", "host") or a profile's path.
+        output: the bundle's folder; None measures without writing one.
+        calib: calibration data (see `calibration.data.open_data`).
+        eval_data: evaluation data; without it 20 % of `calib` are held out.
+        recipe: everything else that can be asked for; its `target` gives way to `target`.
+        tokenizer: a tokenizer.json or folder, if it is not beside the model.
+        preprocessor: a preprocessor_config.json or folder, if it is not beside the model.
+        overwrite: replace an existing bundle at `output`, once the new one is whole.
+        dry_run: stop at the plan: nothing is calibrated, timed or written.
+        reporter: hears of progress; silent by default.
+
+    Raises:
+        UserError: if the model, data, target, recipe or output place is unusable (exit code 2).
+        CheckFailed: if the drift limit cannot be held, or the bundle does not verify (3).
+        Unavailable: if a package or runtime is missing, or the request is not supported yet (4).
+    """
+    asked = msgspec.structs.replace(recipe or Recipe(target=target), target=target)
+    work = _Compile(asked, reporter or SilentReporter())
+    work.open_target()
+    if output is not None and not dry_run:
+        check_output(Path(output), overwrite)
+    work.open_source(str(model), tokenizer, preprocessor)
+    with tempfile.TemporaryDirectory(prefix="edgepress-") as folder:
+        work.folder = Path(folder)
+        work.open_data(calib, eval_data)
+        work.prepare(str(model))
+        work.plan()
+        if dry_run:
+            return work.result(None)
+        work.build()
+        work.hold_limits()
+        work.benchmark()
+        place = work.write(Path(output), overwrite) if output is not None else None
+        return work.result(place, str(model))
+
+
+class _Compile:
+    """The state of one compile; each method is a stage that needs the ones before it."""
+
+    source: Source
+    profile: TargetProfile
+    folder: Path
+    sets: DataSets
+    baseline_file: Path
+    baseline: OrtSession
+    prepared: Model
+    current_plan: Plan
+    candidate: Candidate
+
+    def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
+        self.recipe = recipe
+        self.reporter = reporter
+        self.ranges: Ranges = {}
+        self.records: list[PassRecord] = []
+        self.notes: list[str] = []
+        self.drift: DriftReport | None = None
+        self.timing: BenchmarkResult | None = None
+        self.reverted: tuple[str, ...] = ()
+        self.rolled_back: tuple[str, ...] = ()
+        self.source_bytes = 0
+
+    def open_target(self) -> None:
+        overrides = [f"{key}={value}" for key, value in self.recipe.target_overrides.items()]
+        self.profile = load_target(self.recipe.target, overrides)
+        if self.recipe.precision in ("bf16", "fp16"):
+            raise NotSupported(
+                f"precision {self.recipe.precision} is not supported yet",
+                where="--precision",
+                why="typed float graphs come with a later version; onnxruntime's CPU kernels compute "
+                "BF16 nowhere, and FP16 only on cores with asimdhp",
+                remedy="use --precision auto, int8 or fp32",
+            )
+
+    def open_source(self, model: str, tokenizer: str | None, preprocessor: str | None) -> None:
+        with self.reporter.stage("loading the model"):
+            self.source = load_source(
+                model,
+                tokenizer=tokenizer,
+                preprocessor=preprocessor,
+                trust_code=self.recipe.trust_code,
+                progress=self.reporter.note,
+            )
+            require_no_nan(self.source.model)
+        pins = self.recipe.pins
+        if pins is not None and pins.model_sha256 != self.source.model.fingerprint():
+            raise RecipeError(
+                "the recipe's pinned choices belong to another model",
+                where="pins.model_sha256",
+                why=f"{self.source.model.origin.name} has another graph or other weights",
+                remedy="remove the [pins] table to let the choices be made anew",
+            )
+
+    def open_data(self, calib: str | None, eval_data: str | None) -> None:
+        self.sets = open_data_sets(self.source, self.recipe, calib, eval_data)
+        for note in self.sets.notes:
+            self.reporter.note(note)
+
+    def prepare(self, model: str) -> None:
+        """Open the untouched baseline, then clean up and fuse a fork, checked against it."""
+        path = Path(model).expanduser()
+        if self.source.model.origin.kind == "onnx" and path.is_file():
+            self.baseline_file = path
+            names = self.source.model.origin.files
+            self.source_bytes = sum((path.parent / name).stat().st_size for name in names)
+        else:
+            folder = self.folder / "baseline"
+            folder.mkdir()
+            files = save_model(self.source.model.fork(), folder / "model.onnx")
+            self.baseline_file = files[0]
+            self.source_bytes = sum(file.stat().st_size for file in files)
+        with self.reporter.stage("cleaning up and fusing"):
+            self.baseline = OrtSession(self.baseline_file, SessionOptions(threads=self.recipe.threads))
+            samples = check_samples(self.source.model, self.sets.evaluate or self.sets.calibrate, self.recipe)
+            self.prepared, self.records = prepare(
+                self.source.model,
+                self.profile,
+                self.recipe,
+                samples=samples,
+                baseline=self.baseline,
+                reporter=self.reporter,
+            )
+
+    def plan(self) -> None:
+        """Decide node by node; with pins, as they say."""
+        recipe, pins = self.recipe, self.recipe.pins
+        quantization = (pins.quantization if pins else None) or recipe.quantization
+        request = Request(
+            quantization=quantization,
+            keep_float=recipe.keep_float,
+            calibrated=self.sets.calibrate is not None,
+            shapes=recipe.shapes,
+        )
+        plan = propose(self.prepared, self.profile, request)
+        everything = frozenset(plan.groups)
+        if recipe.precision == "fp32":
+            plan = plan.revert(everything, "--precision fp32")
+        elif is_quantized(self.source.model):
+            self._refuse_or_note("the model is quantized already; its operators are left as they are")
+            plan = plan.revert(everything, "the model is quantized already")
+        elif not everything:
+            reasons = sorted({item.reason for item in plan.decisions})
+            self._refuse_or_note(f"nothing can run in INT8 on {self.profile.name}: {'; '.join(reasons[:3])}")
+        if pins is not None:
+            plan = plan.revert(frozenset(pins.reverted), "pinned by the recipe")
+            if "int8" in pins.rolled_back:
+                plan = plan.revert(frozenset(plan.groups), "rolled back: slower, pinned by the recipe")
+            self.reverted, self.rolled_back = pins.reverted, pins.rolled_back
+        refusals = tuple(refusal for record in self.records for refusal in record.refused)
+        self.current_plan = msgspec.structs.replace(plan, passes=tuple(self.records), refusals=refusals)
+
+    def _refuse_or_note(self, text: str) -> None:
+        if self.recipe.precision == "int8":
+            raise NotSupported(
+                text, where=self.source.model.origin.name, remedy="use --precision auto or fp32"
+            )
+        self.notes.append(text)
+        self.reporter.warn(text)
+
+    def build(self) -> None:
+        """Calibrate what is static, apply the plan, and let the runtime confirm its kernels."""
+        observed = static_layout(self.prepared, self.current_plan.decisions).observed
+        if observed and self.sets.calibrate is not None:
+            activation = static_layout(self.prepared, self.current_plan.decisions).activation
+            assert activation is not None
+            with self.reporter.stage("calibrating", len(self.sets.calibrate)) as stage:
+                observers = collect_ranges(
+                    self.prepared,
+                    observed,
+                    self.sets.calibrate,
+                    method=self.recipe.calib_method,
+                    options=SessionOptions(threads=self.recipe.threads, graph_optimization_level="basic"),
+                    progress=steps(stage.advance),
+                )
+            self.ranges = {name: observer.limits(activation) for name, observer in observers.items()}
+        with self.reporter.stage("applying the plan"):
+            self.candidate = self.lower(self.current_plan, self.folder / "candidate")
+
+    def lower(self, plan: Plan, folder: Path) -> Candidate:
+        return build(self.prepared, plan, self.ranges, self.profile, folder)
+
+    def hold_limits(self) -> None:
+        if "drift" in self.recipe.skip or self.sets.evaluate is None:
+            return
+        task = self.source.model.task
+        budget = open_budget(self.baseline, self.sets.evaluate, task, self.recipe, self.reporter)
+        self.candidate, self.drift, reverted = hold(
+            self.candidate,
+            budget,
+            self.lower,
+            ranking_data=self.sets.calibrate,
+            folder=self.folder,
+            reporter=self.reporter,
+        )
+        self.reverted += reverted
+
+    def benchmark(self) -> None:
+        """Time the candidate here; on the host itself a form that does not pay is rolled back."""
+        if "benchmark" in self.recipe.skip:
+            return
+        self.timing = self._time()
+        if self.profile.kind != "host" or self.recipe.pins is not None:
+            return
+        comparison = next(item for item in self.timing.comparisons if item.candidate == COMPILED)
+        if not comparison.is_slower() or not self.candidate.plan.groups:
+            return
+        text = f"INT8 runs at {comparison.ratio:.2f}x of the model that went in, on this machine"
+        if self.recipe.precision == "int8":
+            self._warn(f"{text}; kept because --precision int8 asks for it")
+            return
+        groups = frozenset(self.candidate.plan.groups)
+        self._warn(f"{text}: rolled back to float")
+        self.rolled_back += ("int8",)
+        self.candidate = self.lower(
+            self.candidate.plan.revert(groups, f"rolled back: {text}"), self.folder / "float"
+        )
+        if self.drift is not None:
+            self.drift = None
+            self.hold_limits()
+        self.timing = self._time()
+
+    def _warn(self, text: str) -> None:
+        self.notes.append(text)
+        self.reporter.warn(text)
+
+    def _time(self) -> BenchmarkResult:
+        encoder = self.source.encoder
+        shapes = input_shapes(self.source.model, self.recipe, encoder.max_length if encoder else None)
+        feeds = timing_inputs(
+            self.source.model, shapes, self.recipe.seed, encoder.vocab_size if encoder else None
+        )
+        threads = self.recipe.threads
+        forms = [(COMPILED, self.candidate.file, self.candidate.options(threads))]
+        if self.candidate.config:
+            forms.append((WITHOUT_OPTIONS, self.candidate.file, SessionOptions(threads=threads)))
+        return time_against_baseline(self.baseline_file, forms, feeds, threads, self.reporter)
+
+    def evidence(self) -> Evidence:
+        """The grade of the weakest choice; a whole-model timing on the target itself outranks all."""
+        if self.profile.kind == "host" and self.timing is not None:
+            return "measured-on-target"
+        grades = [item.evidence for item in self.candidate.plan.quantized()]
+        return min(grades, key=_EVIDENCE_ORDER.index, default="none")
+
+    def pinned(self) -> Recipe:
+        """The recipe with the choices that were made, so that a replay times nothing."""
+        plan = self.candidate.plan
+        compute = {item.form for item in plan.quantized() if item.op != "Gather"}
+        pins = Pins(
+            model_sha256=self.source.model.fingerprint(),
+            data_sha256=self.sets.calibrate.digest if self.sets.calibrate is not None else None,
+            precision="int8" if plan.groups else "fp32",
+            quantization=next(iter(compute)) if len(compute) == 1 else self.recipe.quantization,  # type: ignore[arg-type]
+            calib_method=self.recipe.calib_method if self.ranges else None,
+            fusions=dict(self.recipe.fusions),
+            reverted=self.reverted,
+            rolled_back=self.rolled_back,
+            ranges_sha256=_ranges_digest(self.ranges) if self.ranges else None,
+        )
+        return msgspec.structs.replace(self.recipe, pins=pins)
+
+    def write(self, output: Path, overwrite: bool) -> Path:
+        place = bundle(
+            output,
+            self.source,
+            self.profile,
+            self.candidate,
+            recipe=self.pinned(),
+            sets=self.sets,
+            drift=self.drift,
+            timing=self.timing,
+            evidence=self.evidence(),
+            overwrite=overwrite,
+            reporter=self.reporter,
+        )
+        with self.reporter.stage("verifying the bundle"):
+            verify_bundle(place)
+        return place
+
+    def result(self, place: Path | None, model: str = "") -> CompileResult:
+        finished = hasattr(self, "candidate")
+        plan = self.candidate.plan if finished else self.current_plan
+        return CompileResult(
+            bundle=place,
+            target=self.profile.name,
+            evidence=self.evidence() if finished else "none",
+            plan=plan,
+            recipe=self.pinned() if finished else self.recipe,
+            drift=self.drift,
+            benchmark=self.timing,
+            sizes=Sizes(
+                source_bytes=self.source_bytes,
+                bundle_model_bytes=self.candidate.file_bytes if place is not None else None,
+            ),
+            refusals=plan.refusals,
+            stamps=self.sets.stamps,
+            notes=(self.source.baseline_note, *self.sets.notes, *self.notes),
+            next_commands=_next_commands(place, model),
+        )
+
+
+def _ranges_digest(ranges: Ranges) -> str:
+    return hashlib.sha256(msgspec.json.encode(sorted(ranges.items()))).hexdigest()
+
+
+def _next_commands(place: Path | None, model: str) -> tuple[str, ...]:
+    if place is None:
+        return ()
+    folder = shlex.quote(str(place))
+    return (
+        f"edgepress inspect {folder}",
+        f"edgepress verify {folder}",
+        f"edgepress benchmark {folder} --baseline {shlex.quote(model)}",
+    )

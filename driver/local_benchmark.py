@@ -1,0 +1,99 @@
+"""Timing a compiled candidate against the untouched model on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from ..calibration.data import generated_data
+from ..calibration.generated import index_limits
+from ..graph.errors import RuntimeUnavailable
+from ..runtimes.base import SessionOptions
+from ..runtimes.ort_runtime import OrtSession
+from ..runtimes.peak_memory import measure_peak_memory
+from ..runtimes.timing import BenchmarkResult, Schedule, benchmark
+from ..runtimes.timing import Candidate as Timed
+from .budget import steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from ..graph.model import Model
+    from ..runtimes.base import Array, Runner
+    from .reporter import Reporter
+
+BASELINE = "before"
+COMPILED = "after"
+WITHOUT_OPTIONS = "after, default session options"
+_SCHEDULE = Schedule(pairs=5, runs=16, limit_s=30.0)
+
+
+def timing_inputs(
+    model: Model, shapes: Mapping[str, tuple[int, ...]], seed: int, vocab_size: int | None
+) -> dict[str, Array]:
+    """One generated input set of the given shapes: ids inside the vocabulary, masks all ones.
+
+    Latency does not depend on the values, so this needs no user data and is the same everywhere.
+    """
+    made = generated_data(
+        model.inputs, shapes, 1, seed, index_limits=index_limits(model), vocab_size=vocab_size
+    )
+    return {name: np.asarray(values) for name, values in next(iter(made)).items()}
+
+
+def time_against_baseline(
+    baseline: Path,
+    candidates: Sequence[tuple[str, Path, SessionOptions]],
+    feeds: Mapping[str, Array],
+    threads: int,
+    reporter: Reporter,
+    *,
+    with_memory: bool = True,
+) -> BenchmarkResult:
+    """Interleaved timing of model files; the first entry of the result is the baseline.
+
+    Args:
+        baseline: the untouched model's file, run with default options.
+        candidates: (name, file, options) of each candidate.
+        feeds: one set of inputs.
+        threads: for the baseline; the candidates' options carry their own.
+        reporter: progress.
+        with_memory: also measure the peak memory of a fresh process per file.
+    """
+    files = {BASELINE: (baseline, SessionOptions(threads=threads))}
+    files |= {name: (file, options) for name, file, options in candidates}
+    timed = [
+        Timed(name=name, open=_opener(file, options), feeds=(feeds,), samples_per_run=_batch(feeds))
+        for name, (file, options) in files.items()
+    ]
+    with reporter.stage("timing on this machine", _SCHEDULE.pairs) as stage:
+        result = benchmark(timed, _SCHEDULE, progress=steps(stage.advance))
+    if not with_memory:
+        return result
+    return msgspec.structs.replace(
+        result,
+        timings=tuple(
+            msgspec.structs.replace(timing, peak_memory_bytes=_peak_bytes(*files[timing.name], feeds))
+            for timing in result.timings
+        ),
+    )
+
+
+def _peak_bytes(file: Path, options: SessionOptions, feeds: Mapping[str, Array]) -> int | None:
+    """Peak memory of a fresh process, or None where the system does not account it."""
+    try:
+        return measure_peak_memory(file, feeds, options)["peak_bytes"]
+    except RuntimeUnavailable:
+        return None
+
+
+def _opener(file: Path, options: SessionOptions) -> Callable[[], Runner]:
+    return lambda: OrtSession(file, options)
+
+
+def _batch(feeds: Mapping[str, Array]) -> int:
+    first = next(iter(feeds.values()), None)
+    return int(first.shape[0]) if first is not None and first.ndim else 1
