@@ -10,14 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .driver.compile import CompileResult, compile_model
+    from .driver.compile import compile_model
+    from .driver.result import CompileResult
     from .export.load import load
 
 __version__ = "0.1.0"
 __all__ = ["CompileResult", "__version__", "compile_model", "load"]
 
 _HOMES = {
-    "CompileResult": ".driver.compile",
+    "CompileResult": ".driver.result",
     "compile_model": ".driver.compile",
     "load": ".export.load",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -170,7 +169,8 @@ class RangeObserver:
 def percentile_limits(histogram: Histogram, scheme: Scheme, percentile: float) -> tuple[float, float]:
     """The smallest range, to one bin, that keeps at least `percentile` percent of the values.
 
-    Symmetric schemes cut the magnitude; others cut half of the rest from each side.
+    Symmetric schemes cut the magnitude; others cut half of the rest from each side, or all of it from
+    the one side that there is.
     """
     counts, total = histogram.counts, histogram.total
     outside = math.floor(total * (1 - percentile / 100))
@@ -180,9 +180,10 @@ def percentile_limits(histogram: Histogram, scheme: Scheme, percentile: float) -
         keep = int(np.searchsorted(np.cumsum(magnitude), total - outside))
         bound = float(edges[SIDE_BINS + keep + 1])
         return max(-bound, histogram.minimum), min(bound, histogram.maximum)
+    below = 0 if histogram.minimum >= 0 else outside if histogram.maximum <= 0 else outside // 2
     cumulative = np.cumsum(counts)
-    first = int(np.searchsorted(cumulative, outside // 2, side="right"))
-    last = int(np.searchsorted(cumulative, total - outside // 2))
+    first = int(np.searchsorted(cumulative, below, side="right"))
+    last = int(np.searchsorted(cumulative, total - (outside - below)))
     low, high = float(edges[first]), float(edges[last + 1])
     return max(low, histogram.minimum), min(high, histogram.maximum)
 
@@ -190,86 +191,100 @@ def percentile_limits(histogram: Histogram, scheme: Scheme, percentile: float) -
 def quantization_error(histogram: Histogram, low: float, high: float, scheme: Scheme) -> float:
     """Mean squared error of quantizing the histogram's values with the range [low, high].
 
-    Within a bin the values are taken as uniform, for which the integral of the squared rounding and
-    clipping error has a closed form; exact zeros cost nothing. With step d and integers k from
-    smallest to largest: the integral of (x - d k(x))² from 0 to x is n d³ / 12 + (x - d n)³ / 3,
-    where n = round(x / d) clipped to the integers' range.
+    Within a bin the values are taken as uniform; exact zeros cost nothing.
     """
-    return _mean_error(_Bins(histogram), low, high, scheme)
+    return float(_Moments(histogram).errors(np.array([low]), np.array([high]), scheme)[0])
 
 
-class _Bins:
-    """The bins of a histogram that are not empty, as they enter the error."""
+class _Moments:
+    """Sums of 1, x and x² over the values below any point, from which the error of any range follows.
+
+    The values that quantize to integer k (real value k d, d the step) lie between two boundaries
+    (k ± 1/2) d; their squared error is M2 - 2 k d M1 + (k d)² M0 with the moments M0, M1, M2 between
+    these. The first and the last integer take everything beyond, which is the clipping error.
+    """
 
     def __init__(self, histogram: Histogram) -> None:
-        self.low, self.high, self.counts = histogram.occupied()
+        low, high, counts = histogram.occupied()
         self.total = histogram.total
+        # A value that is its bin's only content gets a width that is nothing beside any step.
+        high = np.maximum(high, low + histogram.width / 1024)
+        self.starts = low
+        self._ends = high
+        self._density = counts / (high - low)
+        powers = ((high**k - low**k) / k for k in (1, 2, 3))
+        self._below = [np.concatenate([[0.0], np.cumsum(self._density * power)]) for power in powers]
 
+    def errors(self, lows: Floats, highs: Floats, scheme: Scheme) -> Floats:
+        """Mean squared error for each range [low, high]; both shape (ranges,), and so is the result."""
+        if not self.starts.size:
+            return np.zeros(len(lows))
+        scale, zero_point = affine_parameters(lows, highs, scheme)
+        smallest, largest = scheme.limits
+        integers = np.arange(smallest, largest + 1) - zero_point.astype(np.int64)[:, None]
+        step = scale.astype(np.float64)[:, None]
+        moments = [np.diff(below, axis=1) for below in self._cumulative((integers[:, :-1] + 0.5) * step)]
+        real = integers * step
+        errors: Floats = (moments[2] - 2 * real * moments[1] + real**2 * moments[0]).sum(axis=1)
+        return np.maximum(errors, 0.0) / self.total
 
-def _mean_error(bins: _Bins, low: float, high: float, scheme: Scheme) -> float:
-    if not bins.counts.size:
-        return 0.0
-    scale, zero_point = affine_parameters(np.array(low), np.array(high), scheme)
-    step = float(scale)
-    smallest, largest = (limit - int(zero_point) for limit in scheme.limits)
-    widths = bins.high - bins.low
-    upper = _error_integral(bins.high, step, smallest, largest)
-    integral = upper - _error_integral(bins.low, step, smallest, largest)
-    nearest = np.clip(np.rint(bins.low / step), smallest, largest)
-    at_point = (bins.low - nearest * step) ** 2
-    narrow = widths <= 1e-6 * step
-    mean = np.where(narrow, at_point, integral / np.where(narrow, 1.0, widths))
-    return float(max((mean * bins.counts).sum(), 0.0) / bins.total)
-
-
-def _error_integral(edges: Floats, step: float, smallest: int, largest: int) -> Floats:
-    nearest = np.clip(np.rint(edges / step), smallest, largest)
-    result: Floats = nearest * step**3 / 12 + (edges - nearest * step) ** 3 / 3
-    return result
+    def _cumulative(self, points: Floats) -> list[Floats]:
+        """The three sums below each point, between a column of zeros and one of totals."""
+        index = np.searchsorted(self.starts, points, side="right") - 1
+        bin_index = np.maximum(index, 0)
+        start = self.starts[bin_index]
+        inside = np.clip(points, start, self._ends[bin_index])
+        sums = []
+        for power, below in enumerate(self._below, 1):
+            part = below[bin_index] + self._density[bin_index] * (inside**power - start**power) / power
+            edges = np.zeros((len(points), 1)), np.full((len(points), 1), below[-1])
+            sums.append(np.concatenate([edges[0], part, edges[1]], axis=1))
+        return sums
 
 
 def mse_limits(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:
     """The range of least estimated squared error: a grid over both ends, then a finer one around it.
 
-    The grid runs on pairwise merged bins, the finer one on all; the full range is among the last
-    candidates, so the result is never worse than it.
+    The full range is among the candidates, so the result is never worse than it.
     """
     low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
-    coarse, fine = _Bins(histogram.merged(2)), _Bins(histogram)
-    grid = [float(step) / _GRID for step in range(_GRID, 0, -1)]
-    around = [1 + float(step) / (8 * _GRID) for step in range(-7, 8)]
+    moments = _Moments(histogram)
+    grid = np.arange(_GRID, 0, -1) / _GRID
+    around = 1 + np.arange(-7, 8) / (8 * _GRID)
     if scheme.symmetric:
         bound = max(-low, high)
-        best = min(grid, key=lambda f: _mean_error(coarse, -f * bound, f * bound, scheme))
-        nearby = [1.0, *(min(best + step - 1, 1.0) for step in around if best + step > 1)]
-        best = min(nearby, key=lambda f: _mean_error(fine, -f * bound, f * bound, scheme))
-        return max(-best * bound, low), min(best * bound, high)
-    start = _descend(coarse, (low, high), (low, high), grid, scheme)
-    near = _descend(fine, start, (low, high), around, scheme)
-    return min([(low, high), near], key=lambda ends: _mean_error(fine, ends[0], ends[1], scheme))
+        bounds = grid * bound
+        best = float(bounds[int(np.argmin(moments.errors(-bounds, bounds, scheme)))])
+        bounds = np.concatenate([[bound, best], np.minimum(best + (around - 1) * bound, bound)])
+        bounds = bounds[bounds > 0] if bound > 0 else bounds
+        best = float(bounds[int(np.argmin(moments.errors(-bounds, bounds, scheme)))])
+        return max(-best, low), min(best, high)
+    start = _descend(moments, (low, high), (low, high), grid, scheme)
+    near = _descend(moments, start, (low, high), around, scheme)
+    ends = np.array([[low, high], start, near])
+    best_ends = ends[int(np.argmin(moments.errors(ends[:, 0], ends[:, 1], scheme)))]
+    return float(best_ends[0]), float(best_ends[1])
 
 
 def _descend(
-    bins: _Bins,
+    moments: _Moments,
     start: tuple[float, float],
     full: tuple[float, float],
-    fractions: Sequence[float],
+    fractions: Floats,
     scheme: Scheme,
 ) -> tuple[float, float]:
     """Scale one end after the other by the fraction of least error, twice, never beyond `full`."""
-
-    def cost(ends: tuple[float, float]) -> float:
-        return _mean_error(bins, ends[0], ends[1], scheme)
-
-    ends = start
+    low, high = start
     for _ in range(2):
         if start[1] > 0:
-            ends = min([ends, *((ends[0], min(f * start[1], full[1])) for f in fractions)], key=cost)
+            highs = np.minimum(np.append(fractions * start[1], high), full[1])
+            high = float(highs[int(np.argmin(moments.errors(np.full(len(highs), low), highs, scheme)))])
         if start[0] < 0:
-            ends = min([ends, *((max(f * start[0], full[0]), ends[1]) for f in fractions)], key=cost)
+            lows = np.maximum(np.append(fractions * start[0], low), full[0])
+            low = float(lows[int(np.argmin(moments.errors(lows, np.full(len(lows), high), scheme)))])
         if start[0] == 0 or start[1] == 0:
             break
-    return ends
+    return low, high
 
 
 def entropy_limits(histogram: Histogram, scheme: Scheme) -> tuple[float, float]:

@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     verbose = False
+    # onnxruntime reads this when it is imported; without it, it reports its use to its maker and
+    # leaves a session file in the folder for temporary files.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         with _terminate_like_interrupt():
             arguments = parse_arguments(words)

@@ -298,10 +298,14 @@ class _Compile:
         return time_against_baseline(self.baseline_file, forms, feeds, threads, self.reporter)
 
     def evidence(self) -> Evidence:
-        """The grade of the weakest choice; a whole-model timing on the target itself outranks all."""
+        """The grade of the weakest choice among the operators that do the work.
+
+        A timing of the whole model on the target itself outranks the kernels' grades. Tables and
+        connecting operators are chosen for their bytes, not for their speed.
+        """
         if self.profile.kind == "host" and self.timing is not None:
             return "measured-on-target"
-        grades = [item.evidence for item in self.candidate.plan.quantized()]
+        grades = [item.evidence for item in self.candidate.plan.quantized() if item.macs is not None]
         return min(grades, key=_EVIDENCE_ORDER.index, default="none")
 
     def pinned(self) -> Recipe:

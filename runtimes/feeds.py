@@ -43,8 +43,9 @@ def _wrong_names(known: list[str], unknown: list[str], missing: list[str]) -> Da
         parts.append(f"missing: {', '.join(missing)}")
     if unknown:
         parts.append(f"not an input: {', '.join(unknown)}")
-    near = {name: difflib.get_close_matches(name, missing or known, n=1) for name in unknown}
-    renames = [f"{name} -> {match[0]}" for name, match in near.items() if match]
+    lowered = {name.lower(): name for name in missing}
+    near = {name: difflib.get_close_matches(name.lower(), lowered, n=1) for name in unknown}
+    renames = [f"{name} -> {lowered[match[0]]}" for name, match in near.items() if match]
     return DataError(
         "the inputs given are not the model's inputs",
         where=", ".join(missing or unknown),

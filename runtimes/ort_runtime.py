@@ -37,6 +37,7 @@ class OrtSession:
     Args:
         model: the path of an .onnx file, or a serialised model (without external data).
         options: threads, optimization level and config entries.
+        name: what error messages call the model; the file's name by default.
 
     Raises:
         ModelError: if the file is missing or onnxruntime refuses the model.
@@ -44,9 +45,11 @@ class OrtSession:
             runs out.
     """
 
-    def __init__(self, model: Path | bytes, options: SessionOptions | None = None) -> None:
+    def __init__(
+        self, model: Path | bytes, options: SessionOptions | None = None, *, name: str | None = None
+    ) -> None:
         self.options = options or SessionOptions()
-        self._where = model.name if isinstance(model, Path) else "the serialised model"
+        self._where = name or _name_of(model)
         started = time.perf_counter_ns()
         self._session = _open(model, self.options, self._where)
         self._load_ms = (time.perf_counter_ns() - started) / 1e6
@@ -65,13 +68,12 @@ class OrtSession:
             RuntimeUnavailable: as `OrtSession`.
         """
         if model.weight_bytes <= INLINE_LIMIT_BYTES:
-            session = cls(to_bytes(model), options)
+            session = cls(to_bytes(model), options, name=model.origin.name)
         else:
             with tempfile.TemporaryDirectory(prefix="edgepress-session-") as folder:
                 path = Path(folder) / "model.onnx"
                 save_model(model, path)
-                session = cls(path, options)
-        session._where = model.origin.name
+                session = cls(path, options, name=model.origin.name)
         # onnxruntime reports an unknown rank and a scalar alike: the graph knows which it is.
         session._inputs = tuple(_with_known_rank(spec, model.inputs) for spec in session._inputs)
         return session
@@ -154,7 +156,7 @@ def optimised_graph(model: Model | Path | bytes, options: SessionOptions | None 
             where = model.origin.name
         else:
             source = model
-            where = model.name if isinstance(model, Path) else "the serialised model"
+            where = _name_of(model)
         _open(source, wanted, where, save_to=target)
         optimised = ir.load(target)
         for graph in (optimised.graph, *optimised.graph.subgraphs()):
@@ -190,6 +192,10 @@ def _largest(make: Any, versions: range) -> int:
             break
         best = version
     return best
+
+
+def _name_of(model: Path | bytes) -> str:
+    return model.name if isinstance(model, Path) else "the serialised model"
 
 
 def _onnxruntime() -> Any:

@@ -213,8 +213,8 @@ class TargetProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def candidates(self, op: str, *, forms: tuple[Form, ...] | None = None) -> list[Kernel]:
         """All usable kernels for an operator, best first.
 
-        Order: grade, then speed-up over float (unknown counts as 1), then evidence, then the
-        order in the profile.
+        Order: grade, then speed-up over float (unknown counts as 1), then float32 itself (what
+        is no faster than it has no claim), then evidence, then the order in the profile.
         """
         usable = [
             kernel
@@ -302,6 +302,7 @@ def _fits(
     return not (symmetric_activation is False and kernel.symmetric_activation_only)
 
 
-def _preference(kernel: Kernel) -> tuple[bool, float, int]:
+def _preference(kernel: Kernel) -> tuple[bool, float, bool, int]:
     speedup = 1.0 if kernel.speedup_over_float is None else kernel.speedup_over_float
-    return kernel.grade != "fast", -speedup, _EVIDENCE_ORDER.index(kernel.evidence)
+    reference = kernel.form == "float" and kernel.activation == "float32"
+    return kernel.grade != "fast", -speedup, not reference, _EVIDENCE_ORDER.index(kernel.evidence)

@@ -11,6 +11,8 @@ import pytest
 # Hugging Face libraries read this when they are first imported: a test that would go to the
 # network fails at once instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# And onnxruntime reads this: no telemetry, which would go to the network as well.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 # The machine may be busy: a slow example is no failure, and every run draws the same examples.
 hypothesis.settings.register_profile("edgepress", deadline=None, derandomize=True, max_examples=60)

@@ -104,7 +104,7 @@ def test_casts(tmp_path, have, want, ok):
     if ok:
         got = rows_of(open_data(str(tmp_path / "x.npy"), spec))
         assert sorted(got.tolist()) == sorted(have.tolist())
-        assert want == "string" or got.dtype == want
+        assert want in {"string", got.dtype.name}
     else:
         with pytest.raises(DataError, match="x"):
             open_data(str(tmp_path / "x.npy"), spec)

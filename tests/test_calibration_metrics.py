@@ -146,7 +146,7 @@ def test_bootstrap_interval_of_a_mean():
     low, high = metrics.bootstrap_interval(lambda index: float(sample[index].mean()), 400)
     assert (low + high) / 2 == pytest.approx(sample.mean(), abs=0.01)
     assert (high - low) / 2 == pytest.approx(1.96 * sample.std() / 20, rel=0.15)
-    assert metrics.bootstrap_interval(lambda index: math.nan, 5) is None
+    assert metrics.bootstrap_interval(lambda _: math.nan, 5) is None
 
 
 def test_nearest_neighbours_block_by_block(monkeypatch):

@@ -35,12 +35,12 @@ def kind(function):
     return function
 
 
-def make_model(width=8, weights=None, nodes=None):
-    """x[N,4] → MatMul → Relu → MatMul → y[N,3], with a fixed seed."""
-    rng = np.random.default_rng(0)
+def make_model(width=64, weights=None, nodes=None, seed=0):
+    """x[N,64] → MatMul → Relu → MatMul → y[N,16], large enough to be worth quantizing."""
+    rng = np.random.default_rng(seed)
     weights = weights or {
-        "w1": rng.normal(size=(4, width)).astype(np.float32),
-        "w2": rng.normal(size=(width, 3)).astype(np.float32),
+        "w1": rng.normal(size=(64, width)).astype(np.float32),
+        "w2": rng.normal(size=(width, 16)).astype(np.float32),
     }
     nodes = nodes or [
         helper.make_node("MatMul", ["x", "w1"], ["h"], name="first"),
@@ -50,8 +50,8 @@ def make_model(width=8, weights=None, nodes=None):
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 16])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -64,7 +64,7 @@ def model_file(folder, model=None, name="model.onnx"):
 
 
 def samples(count=40):
-    return np.random.default_rng(1).normal(size=(count, 4)).astype(np.float32)
+    return np.random.default_rng(1).normal(size=(count, 64)).astype(np.float32)
 
 
 def calib_file(folder, **arrays):
@@ -137,7 +137,7 @@ def cyclic_graph(folder):
         helper.make_node("Relu", ["a"], ["b"], name="two"),
         helper.make_node("MatMul", ["a", "w"], ["y"], name="three"),
     ]
-    model = make_model(nodes=nodes, weights={"w": np.ones((4, 3), np.float32)})
+    model = make_model(nodes=nodes, weights={"w": np.ones((64, 16), np.float32)})
     return Case(compiling(folder, model=model_file(folder, model)), 2, "model.onnx")
 
 
@@ -147,7 +147,7 @@ def duplicate_value_name(folder):
         helper.make_node("MatMul", ["x", "w"], ["y"], name="one"),
         helper.make_node("MatMul", ["x", "w"], ["y"], name="two"),
     ]
-    model = make_model(nodes=nodes, weights={"w": np.ones((4, 3), np.float32)})
+    model = make_model(nodes=nodes, weights={"w": np.ones((64, 16), np.float32)})
     return Case(compiling(folder, model=model_file(folder, model)), 2, "model.onnx")
 
 
@@ -155,7 +155,7 @@ def duplicate_value_name(folder):
 def unknown_operator(folder):
     model = make_model(
         nodes=[helper.make_node("Frobnicate", ["x", "w"], ["y"], name="odd")],
-        weights={"w": np.ones((4, 3), np.float32)},
+        weights={"w": np.ones((64, 16), np.float32)},
     )
     return Case(compiling(folder, model=model_file(folder, model)), 2, "Frobnicate")
 
@@ -163,7 +163,7 @@ def unknown_operator(folder):
 @kind
 def operator_of_an_unknown_domain(folder):
     node = helper.make_node("Secret", ["x", "w"], ["y"], name="odd", domain="com.example")
-    model = make_model(nodes=[node], weights={"w": np.ones((4, 3), np.float32)})
+    model = make_model(nodes=[node], weights={"w": np.ones((64, 16), np.float32)})
     model.opset_import.append(helper.make_opsetid("com.example", 1))
     return Case(compiling(folder, model=model_file(folder, model)), 2, "com.example")
 
@@ -219,7 +219,7 @@ def external_data_behind_a_link(folder):
 
 @kind
 def nan_weights(folder):
-    weights = {"w1": np.full((4, 8), np.nan, np.float32), "w2": np.ones((8, 3), np.float32)}
+    weights = {"w1": np.full((64, 8), np.nan, np.float32), "w2": np.ones((8, 16), np.float32)}
     return Case(compiling(folder, model=model_file(folder, make_model(weights=weights))), 2, "w1")
 
 
@@ -244,7 +244,7 @@ def wrong_input_names(folder):
 
 @kind
 def wrong_dtype(folder):
-    return Case(compiling(folder, calib=calib_file(folder, x=np.ones((40, 4), np.int64))), 2, "int64")
+    return Case(compiling(folder, calib=calib_file(folder, x=np.ones((40, 64), np.int64))), 2, "int64")
 
 
 @kind
@@ -261,7 +261,7 @@ def nan_in_a_sample(folder):
 
 @kind
 def no_samples(folder):
-    return Case(compiling(folder, calib=calib_file(folder, x=samples(0))), 2, "calib.npz")
+    return Case(compiling(folder, calib=calib_file(folder, x=samples(0))), 2, "no samples")
 
 
 @kind
@@ -272,10 +272,10 @@ def too_few_samples_to_split(folder):
 @kind
 def inputs_of_unequal_length(folder):
     model = make_model()
-    model.graph.input.append(helper.make_tensor_value_info("k", TensorProto.FLOAT, ["N", 3]))
+    model.graph.input.append(helper.make_tensor_value_info("k", TensorProto.FLOAT, ["N", 16]))
     model.graph.node[-1].output[0] = "m"
     model.graph.node.append(helper.make_node("Add", ["m", "k"], ["y"], name="sum"))
-    calib = calib_file(folder, x=samples(40), k=np.ones((39, 3), np.float32))
+    calib = calib_file(folder, x=samples(40), k=np.ones((39, 16), np.float32))
     return Case(compiling(folder, model=model_file(folder, model), calib=calib), 2, "39")
 
 
@@ -298,7 +298,7 @@ def data_archive_with_a_bomb(folder):
     path = folder / "calib.npz"
     header = (
         b"\x93NUMPY\x01\x00v\x00"
-        + b"{'descr': '<f4', 'fortran_order': False, 'shape': (400000000000, 4), }".ljust(117)
+        + b"{'descr': '<f4', 'fortran_order': False, 'shape': (400000000000, 64), }".ljust(117)
         + b"\n"
     )
     with zipfile.ZipFile(path, "w") as archive:
@@ -313,8 +313,13 @@ def text_without_a_tokenizer(folder):
 
 
 @kind
-def generator_without_trust(folder):
-    return Case(compiling(folder, calib="os:listdir"), 2, "--trust-code")
+def generator_of_something_else(folder):
+    return Case(compiling(folder, calib="os:listdir"), 2, "os:listdir")
+
+
+@kind
+def generator_that_does_not_exist(folder):
+    return Case(compiling(folder, calib="os:lisdir"), 2, "lisdir")
 
 
 @kind
@@ -374,12 +379,12 @@ def malformed_shape(folder):
 
 @kind
 def shape_of_an_unknown_input(folder):
-    return Case(compiling(folder, "--shape", "z:1x4"), 2, "'x'")
+    return Case(compiling(folder, "--shape", "z:1x64"), 2, "'x'")
 
 
 @kind
 def shape_that_the_model_does_not_take(folder):
-    return Case(compiling(folder, "--shape", "x:1x5"), 2, "x")
+    return Case(compiling(folder, "--shape", "x:1x5"), 2, "64")
 
 
 @kind
@@ -481,18 +486,6 @@ def drift_between_models_with_other_outputs(folder):
 
 
 @kind
-def drift_limit_not_met(folder):
-    rng = np.random.default_rng(5)
-    weights = {
-        "w1": rng.normal(size=(4, 8)).astype(np.float32),
-        "w2": rng.normal(size=(8, 3)).astype(np.float32),
-    }
-    other = model_file(folder, make_model(weights=weights), "other.onnx")
-    argv = ["drift", model_file(folder), other, "--data", calib_file(folder), "--max-drift", "l2=1%"]
-    return Case(argv, 3, "l2")
-
-
-@kind
 def show_an_unknown_target(folder):  # noqa: ARG001
     return Case(["targets", "show", "hots"], 2, "host")
 
@@ -528,6 +521,15 @@ def test_bad_input(name, tmp_path, capsys, monkeypatch):
     assert any(line.startswith("  do:    ") for line in printed.err.splitlines()), printed.err
     assert printed.out == ""
     assert tree(tmp_path) == before
+
+
+def test_a_drift_limit_that_is_not_met_shows_the_figures(tmp_path, capsys):
+    other = model_file(tmp_path, make_model(seed=5), "other.onnx")
+    argv = ["drift", model_file(tmp_path), other, "--data", calib_file(tmp_path), "--max-drift", "l2=1%"]
+    assert main([str(word) for word in argv]) == 3
+    printed = capsys.readouterr()
+    assert "the drift limit on l2 is not met" in printed.err
+    assert "NO" in printed.out
 
 
 # --- a bundle that was tampered with -----------------------------------------------------------
@@ -585,9 +587,9 @@ def test_a_file_that_was_added_or_removed_is_found(bundle, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arrays", "says"),
     [
-        ({"z": np.ones((1, 4), np.float32), "q": np.ones(3)}, "x"),
+        ({"z": np.ones((1, 64), np.float32), "q": np.ones(3)}, "x"),
         ({"x": np.ones((1, 5), np.float32)}, "5"),
-        ({"x": np.array([["a", "b", "c", "d"]])}, "x"),
+        ({"x": np.array([["a"] * 64])}, "x"),
         ({}, "x"),
     ],
 )
@@ -609,6 +611,8 @@ def in_a_process(argv, folder, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "edgepress", *(str(word) for word in argv)],
         cwd=folder,
+        # Temporary files count as left behind too.
+        env={**os.environ, "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -617,9 +621,9 @@ def in_a_process(argv, folder, **options):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
-    argv = compiling(tmp_path, model=model_file(tmp_path, make_model(width=40_000)))
+    argv = compiling(tmp_path, model=model_file(tmp_path, make_model(width=8_000)))
     before = tree(tmp_path)
-    # The weights take 1.1 MB in float and 0.3 MB in int8; no file may grow beyond 0.1 MB.
+    # The weights take 2.6 MB in float and 0.6 MB in int8; no file may grow beyond 0.1 MB.
     process = in_a_process(
         argv, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     )
@@ -632,8 +636,8 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path, number):
-    model = model_file(tmp_path, make_model(width=20_000))
-    argv = compiling(tmp_path, "-v", model=model, calib=calib_file(tmp_path, x=samples(20_000)))
+    model = model_file(tmp_path, make_model(width=4_000))
+    argv = compiling(tmp_path, "-v", model=model, calib=calib_file(tmp_path, x=samples(4_000)))
     before = tree(tmp_path)
     process = in_a_process(argv, tmp_path)
     # With -v every finished stage leaves a line: the compile is under way after the first.

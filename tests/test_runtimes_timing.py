@@ -44,7 +44,7 @@ class _Runner:
         self.name, self.clock, self.log, self.cost_ns = name, clock, log, cost_ns
         self.count = 0
 
-    def run(self, feeds: dict[str, np.ndarray], output_names: object = None) -> dict[str, np.ndarray]:
+    def run(self, feeds: dict[str, np.ndarray], _names: object = None) -> dict[str, np.ndarray]:
         self.log.append(f"{self.name}{int(feeds['x'][0])}")
         self.clock.now_ns += self.cost_ns(self.count)
         self.count += 1
@@ -52,7 +52,7 @@ class _Runner:
 
 
 def _candidate(
-    name: str, clock: _Clock, log: list[str], cost_ns: Callable[[int], int], feeds: int = 1, batch: int = 1
+    name: str, clock: _Clock, log: list[str], cost_ns: Callable[[int], int], *, feeds: int = 1, batch: int = 1
 ) -> Candidate:
     def open_session() -> _Runner:
         log.append(f"open {name}")

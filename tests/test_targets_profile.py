@@ -177,6 +177,16 @@ def test_candidates_are_ordered_by_grade_speed_evidence_and_position() -> None:
     assert [kernel.name for kernel in _profile(*kernels).candidates("MatMul", forms=("float",))] == []
 
 
+def test_what_is_no_faster_than_float32_comes_after_it() -> None:
+    same = _kernel(
+        "same", form="float", activation="float16", speedup_over_float=1.0, evidence="modelled", source="s"
+    )
+    unknown = _kernel("unknown")
+    reference = _kernel("reference", form="float", activation="float32", speedup_over_float=1.0, source="s")
+    ordered = [kernel.name for kernel in _profile(same, unknown, reference).candidates("MatMul")]
+    assert ordered == ["reference", "same", "unknown"]
+
+
 def test_kernel_honours_every_constraint() -> None:
     block = _kernel("block", weight="uint8", weight_granularity="block", grade="fast")
     channel = _kernel(
