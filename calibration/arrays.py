@@ -126,7 +126,7 @@ def _match_file(path: Path, inputs: Sequence[TensorSpec]) -> _File:
             where=path.name,
             remedy=f"save an .npz with the arrays {quoted(spec.name for spec in inputs)}",
         )
-    matched = match_names(list(arrays), inputs, path.name)
+    matched = match_names({name: len(array.shape) for name, array in arrays.items()}, inputs, path.name)
     is_input = "labels" in matched.values()
     unused = sorted(set(arrays) - set(matched.values()) - ({"labels"} if not is_input else set()))
     return _File(

@@ -73,8 +73,10 @@ def collect_ranges(
     if inputs and not segments:
         segments.append([])
     done = 0
+    run: _Segment | None = None
     while segments:
         segment = segments.popleft()
+        run = None  # closes the last session before the next one loads the weights again
         run = _Segment(model, segment, opener, fed) if segment else None
         if run is not None and len(segment) > 1 and run.nbytes(largest) > budget:
             half = len(segment) // 2

@@ -126,10 +126,11 @@ class ProgramSource:
             yield item
 
     def _samples(self, item: Mapping[Any, Any], label: Any, where: str) -> Iterator[tuple[Feeds, Any]]:
-        names = match_names([str(name) for name in item], self._inputs, where)
+        arrays = {str(name): _as_array(values, where) for name, values in item.items()}
+        names = match_names({name: values.ndim for name, values in arrays.items()}, self._inputs, where)
         batch: Feeds = {}
         for spec in self._inputs:
-            values: Array = np.asarray(item[names[spec.name]])
+            values = arrays[names[spec.name]]
             if spec.shape is not None and values.ndim == len(spec.shape) - 1:
                 values = values[None]
             check_layout(values.shape, values.dtype, spec, where)
@@ -139,7 +140,7 @@ class ProgramSource:
         if len(counts) > 1:
             raise DataError("the item's arrays hold different numbers of samples", where=where)
         count = counts.pop() if counts else 1
-        labels = [None] * count if label is None else np.asarray(label).reshape(-1).tolist()
+        labels = [None] * count if label is None else _as_array(label, where).reshape(-1).tolist()
         if len(labels) != count:
             raise DataError(f"{len(labels)} labels for {count} samples", where=where)
         for row in range(count):
@@ -176,6 +177,20 @@ def open_program(source: str, inputs: Sequence[TensorSpec], samples: int | None,
         labels=None if known is None else known[positions],
         notes=("float64 values were rounded to the input's type",) if program.rounded else (),
     )
+
+
+def _as_array(values: object, where: str) -> Array:
+    try:
+        array: Array = np.asarray(values)
+    except ValueError as error:
+        raise DataError("the item is no array", where=where, why=str(error)) from error
+    if array.dtype.hasobject:
+        raise DataError(
+            f"the item holds a {type(values).__name__}, which is no array of numbers",
+            where=where,
+            remedy="yield NumPy arrays",
+        )
+    return array
 
 
 def _find(source: str) -> Any:

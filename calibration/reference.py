@@ -69,15 +69,22 @@ class ReferenceOutputs:
         if len(data) == 0:
             raise DataError("the evaluation data holds no samples", where=data.name)
         found = cls(data, task, data.static_batch or batch_size)
-        for index, (feeds, outputs, count) in enumerate(run_batches(runner, data, found.batch_size)):
-            if found.representation is None:
-                found.representation = Representation(task, outputs)
-            found.non_finite += count_non_finite(outputs)
-            for sample in found.representation.rows(outputs, feeds, count):
-                found._append(sample)
-            if progress is not None:
-                progress(min((index + 1) * found.batch_size, len(data)), len(data))
+        try:
+            found._fill(runner, data, progress)
+        except BaseException:
+            found.close()
+            raise
         return found
+
+    def _fill(self, runner: Runner, data: CalibrationData, progress: Progress | None) -> None:
+        for feeds, outputs, count in run_batches(runner, data, self.batch_size):
+            if self.representation is None:
+                self.representation = Representation(self.task, outputs)
+            self.non_finite += count_non_finite(outputs)
+            for sample in self.representation.rows(outputs, feeds, count):
+                self._append(sample)
+            if progress is not None:
+                progress(len(self), len(data))
 
     def close(self) -> None:
         """Give the memory or the file back."""

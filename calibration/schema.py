@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -177,20 +177,30 @@ def fit_array(values: Array, spec: TensorSpec, where: str) -> tuple[Array, bool]
     return cast, not same
 
 
-def match_names(names: Sequence[str], inputs: Sequence[TensorSpec], where: str) -> dict[str, str]:
+def match_names(ranks: Mapping[str, int], inputs: Sequence[TensorSpec], where: str) -> dict[str, str]:
     """Which array feeds which input: a map from input name to array name.
 
-    A model with one input takes a lone array under any name.
+    A model with one input takes a lone array under any name, or the only one with as many axes as
+    the input (`labels` and the names of classes may lie beside it).
+
+    Args:
+        ranks: name -> number of axes of every array.
+        inputs: the model's inputs.
+        where: the file or sample, for messages.
 
     Raises:
         DataError: if an input has no array.
     """
-    missing = [spec.name for spec in inputs if spec.name not in names]
+    names = list(ranks)
+    missing = [spec.name for spec in inputs if spec.name not in ranks]
     if not missing:
         return {spec.name: spec.name for spec in inputs}
-    free = [name for name in names if name != "labels"]
-    if len(inputs) == 1 and len(free) == 1:
-        return {inputs[0].name: free[0]}
+    if len(inputs) == 1:
+        free = [name for name in names if name != "labels"]
+        wanted = inputs[0].shape
+        alike = [name for name in free if wanted is not None and ranks[name] == len(wanted) > 1]
+        if len(free) == 1 or len(alike) == 1:
+            return {inputs[0].name: (free if len(free) == 1 else alike)[0]}
     raise DataError(
         f"no data for input {missing[0]!r}{near_names(missing[0], names)}",
         where=where,

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
+import calibration_case as case
 import numpy as np
 import pytest
 from edgepress.calibration.collect import check_observable, collect_ranges
 from edgepress.calibration.data import open_data
 from edgepress.graph.errors import DataError, ModelError
 from edgepress.runtimes.ort_runtime import OrtSession
-
-case = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("calibration_case.py"))))
 
 CHAIN = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[N, 3] x) => (float[N, 3] y)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 import zipfile
-from pathlib import Path
-from types import SimpleNamespace
 
+import calibration_case as case
 import numpy as np
 import pytest
 from edgepress.calibration.data import generated_data, open_data, require_disjoint, split_data
@@ -18,7 +16,6 @@ from edgepress.graph.model import TensorSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-case = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("calibration_case.py"))))
 TEXT, VECTOR, WordEncoder = case.TEXT, case.VECTOR, case.WordEncoder
 IMAGE = (TensorSpec(name="input", dtype="float32", shape=("N", 3, 4, 5)),)
 
@@ -75,6 +72,16 @@ def test_lone_array_of_any_name_feeds_a_model_of_one_input(tmp_path):
     assert len(open_data(str(tmp_path / "d.npz"), VECTOR)) == 2
     np.save(tmp_path / "d.npy", np.zeros((4, 3), "f4"))
     assert len(open_data(str(tmp_path / "d.npy"), VECTOR)) == 4
+
+
+def test_the_only_array_with_as_many_axes_feeds_a_model_of_one_input(tmp_path):
+    np.savez(tmp_path / "d.npz", pictures=np.ones((2, 3), "f4"), classes=np.array(["a", "b", "c"]))
+    data = open_data(str(tmp_path / "d.npz"), VECTOR)
+    assert rows_of(data).tolist() == [[1, 1, 1]] * 2
+    assert any("'classes'" in note for note in data.notes)
+    np.savez(tmp_path / "e.npz", train=np.ones((2, 3), "f4"), test=np.ones((2, 3), "f4"))
+    with pytest.raises(DataError, match="no data for input 'x'"):
+        open_data(str(tmp_path / "e.npz"), VECTOR)
 
 
 def test_rows_with_their_own_batch_axis_and_scalars(tmp_path):
@@ -252,6 +259,10 @@ def generator_module(tmp_path, monkeypatch):
         "    raise KeyError('pixels')\n"
         "def wrong():\n"
         "    yield [1, 2]\n"
+        "def ragged():\n"
+        "    yield {'x': [[1.0, 2.0, 3.0], [1.0]]}\n"
+        "def objects():\n"
+        "    yield {'x': {'a': 1}}\n"
         "def nothing():\n"
         "    return []\n"
     )
@@ -274,6 +285,8 @@ def test_generator_function(generator_module):
         ("failing", "KeyError"),
         ("wrong", "yields a list"),
         ("nothing", "no samples"),
+        ("ragged", "no array"),
+        ("objects", "no array"),
         ("goood", "did you mean"),
     ],
 )

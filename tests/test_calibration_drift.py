@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
+import calibration_case as case
 import msgspec
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from edgepress.calibration.reference import ReferenceOutputs
 from edgepress.graph.errors import DataError, InternalError, NotSupported, RecipeError
 from edgepress.graph.model import Task, TensorSpec
 
-case = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("calibration_case.py"))))
 CLASSES = Task(kind="classification")
 MEAN = Task(kind="embedding", pooling="mean")
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
+import calibration_case as case
 import numpy as np
 import pytest
 from edgepress.calibration.data import open_data, split_data
 from edgepress.graph.errors import DataError
 from edgepress.graph.model import TensorSpec
 
-case = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("calibration_case.py"))))
 TEXT, WordEncoder = case.TEXT, case.WordEncoder
 
 STS = "a\tb\tc\t{i}\t{score}\t{one}\t{two}"

@@ -107,7 +107,10 @@ def test_durations(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 %"), (0.257, "25.7 %"), (1, "100 %"), (0.000412, "0.0412 %"), (4.7e-17, "4.7e-15 %"), (-0.05, "-5.00 %")],
+    [
+        *[(0, "0 %"), (0.257, "25.7 %"), (1, "100 %"), (0.000412, "0.0412 %")],
+        *[(4.7e-17, "4.7e-15 %"), (-0.05, "-5.00 %")],
+    ],
 )
 def test_percentages(value, text):
     assert format_percent(value) == text

@@ -2,10 +2,8 @@
 
 import io
 import math
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
+import export_case as case
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
-case = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_case.py"))))
 info = helper.make_tensor_value_info
 
 

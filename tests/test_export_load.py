@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import export_case as case
 import msgspec
 import numpy as np
 import onnxruntime
@@ -29,7 +29,6 @@ from edgepress.graph.model import TensorSpec
 from edgepress.runtimes.base import SessionOptions
 from onnx import TensorProto, helper, numpy_helper
 
-case = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_case.py"))))
 info = helper.make_tensor_value_info
 CONFIG = {
     "session.intra_op.allow_spinning": "0",

@@ -2,19 +2,16 @@
 
 import hashlib
 import json
-import runpy
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
+import export_case as case
 import numpy as np
 import pytest
 from edgepress.export.checksums import check_sums, parse_sums
 from edgepress.export.npz import npz_bytes
 from edgepress.export.verify import verify_bundle
 from edgepress.graph.errors import ModelError, NotSupported, VerifyFailed
-
-case = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("export_case.py"))))
 
 FILES = (
     "README.md",
