@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,17 +57,24 @@ class Budget:
         return report, check_limits(report, self.limits)
 
 
+@contextmanager
 def open_budget(
     baseline: OrtSession, data: CalibrationData, task: Task, recipe: Recipe, reporter: Reporter
-) -> Budget:
+) -> Iterator[Budget]:
     """Resolve the limits' metrics and run the baseline over the evaluation data once."""
     labelled = data.labels is not None or data.pairs is not None
     limits = {limit.metric or default_metric(task, labelled): limit.limit for limit in recipe.max_drift}
     with reporter.stage("running the baseline on the evaluation data", len(data)) as stage:
         reference = ReferenceOutputs.collect(baseline, data, task, progress=steps(stage.advance))
-    return Budget(
-        limits=limits, data=data, task=task, reference=reference, baseline=baseline, threads=recipe.threads
-    )
+    with reference:
+        yield Budget(
+            limits=limits,
+            data=data,
+            task=task,
+            reference=reference,
+            baseline=baseline,
+            threads=recipe.threads,
+        )
 
 
 def hold(
@@ -151,9 +159,11 @@ def rank_groups(
     """
     groups = plan.groups
     few = data.select(range(min(len(data), _RANKING_SAMPLES)), data.split)
-    reference = ReferenceOutputs.collect(budget.baseline, few, budget.task)
     drifts: dict[str, float] = {}
-    with reporter.stage("ranking layers by the drift each causes", len(groups)) as stage:
+    with (
+        ReferenceOutputs.collect(budget.baseline, few, budget.task) as reference,
+        reporter.stage("ranking layers by the drift each causes", len(groups)) as stage,
+    ):
         for group in groups:
             others = frozenset(groups) - {group}
             with tempfile.TemporaryDirectory(dir=folder, prefix="alone-") as place:

@@ -158,7 +158,7 @@ def _write(prepared: Model, plan: Plan, ranges: Ranges, profile: TargetProfile, 
         raise InternalError("tensors were not calibrated", where=", ".join(missing[:5]))
     lowered, records = apply_plan(prepared, plan, ranges)
     folder.mkdir(parents=True, exist_ok=True)
-    files = tuple(save_model(lowered, folder / "model.onnx"))
+    files = tuple(save_model(lowered, folder / "model.onnx", with_shapes=False))
     done = type(plan)(
         **{field: getattr(plan, field) for field in plan.__struct_fields__ if field != "passes"},
         passes=(*plan.passes, *records),

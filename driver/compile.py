@@ -235,6 +235,9 @@ class _Compile:
                     progress=steps(stage.advance),
                 )
             self.ranges = {name: observer.limits(activation) for name, observer in observers.items()}
+            for name, observer in observers.items():
+                if observer.masked:
+                    self.notes.append(f"{name}: {observer.masked} mask values left out of its range")
         with self.reporter.stage("applying the plan"):
             self.candidate = self.lower(self.current_plan, self.folder / "candidate")
 
@@ -245,15 +248,15 @@ class _Compile:
         if "drift" in self.recipe.skip or self.sets.evaluate is None:
             return
         task = self.source.model.task
-        budget = open_budget(self.baseline, self.sets.evaluate, task, self.recipe, self.reporter)
-        self.candidate, self.drift, reverted = hold(
-            self.candidate,
-            budget,
-            self.lower,
-            ranking_data=self.sets.calibrate,
-            folder=self.folder,
-            reporter=self.reporter,
-        )
+        with open_budget(self.baseline, self.sets.evaluate, task, self.recipe, self.reporter) as budget:
+            self.candidate, self.drift, reverted = hold(
+                self.candidate,
+                budget,
+                self.lower,
+                ranking_data=self.sets.calibrate,
+                folder=self.folder,
+                reporter=self.reporter,
+            )
         self.reverted += reverted
 
     def benchmark(self) -> None:

@@ -81,8 +81,7 @@ def open_data_sets(source: Source, recipe: Recipe, calib: str | None, evaluate: 
             remedy="pass more samples, or others with --eval",
         )
     kept, held_out = split_data(calibrate, seed=recipe.seed)
-    split = f"{calibrate.name} split: {len(kept)} samples to calibrate, {len(held_out)} to evaluate"
-    return DataSets(calibrate=kept, evaluate=held_out, notes=(*kept.notes, split))
+    return DataSets(calibrate=kept, evaluate=held_out, notes=kept.notes)
 
 
 def _generated(model: Model, recipe: Recipe, vocab_size: int | None) -> DataSets:

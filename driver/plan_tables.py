@@ -30,9 +30,18 @@ def plan_headline(plan: Plan) -> str:
     """One line: how many nodes run in which form, and the share of integer arithmetic."""
     forms = Counter(decision.form for decision in plan.decisions)
     counts = ", ".join(f"{count} {form}" for form, count in sorted(forms.items())) or "no nodes"
+    how = "no quantization" if plan.quantization == "none" else f"{plan.quantization} quantization"
+    return f"Plan for {plan.target}: {plan.precision}, {how} ({counts}){_integer_share(plan)}."
+
+
+def _integer_share(plan: Plan) -> str:
+    """The share of integer arithmetic, and of how many nodes where not all could be counted."""
     share = plan.integer_share()
-    shared = "" if share is None else f"; {format_percent(share)} of the multiply-accumulates in integers"
-    return f"Plan for {plan.target}: {plan.precision}, {plan.quantization} quantization ({counts}){shared}."
+    if share is None:
+        return ""
+    counted = sum(decision.macs is not None for decision in plan.decisions)
+    partial = "" if counted == len(plan.decisions) else f" of the {counted} nodes whose shapes are known"
+    return f"; {format_percent(share)} of the multiply-accumulates{partial} in integers"
 
 
 def refusal_table(refusals: Iterable[Refusal]) -> Table:

@@ -64,13 +64,14 @@ def _require_free(place: Path, *, overwrite: bool) -> None:
 
 def _read_arrays(path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise DataError(
-                    "the inputs' file holds one array without a name",
-                    where=str(path),
-                    remedy="save it as .npz: np.savez(file, INPUT_NAME=array)",
-                )
+        stored = np.load(path, allow_pickle=False)
+        if isinstance(stored, np.ndarray):
+            raise DataError(
+                "the inputs' file holds one array without a name",
+                where=str(path),
+                remedy="save it as .npz: np.savez(file, INPUT_NAME=array)",
+            )
+        with stored as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise DataError(

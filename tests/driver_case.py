@@ -22,7 +22,7 @@ def _save(path, graph):
     return path
 
 
-def mlp(path: Path, *, outlier_layer: int | None = None, gelu_parts: bool = False, width: int = 64) -> Path:
+def mlp(path: Path, *, outlier_layer: int | None = None, width: int = 64) -> Path:
     """x [N, T, width] -> three linear layers with Relu -> y; one layer may get an outlier channel."""
     rng = np.random.default_rng(0)
     nodes, weights, value = [], [], "x"
@@ -48,17 +48,6 @@ def mlp(path: Path, *, outlier_layer: int | None = None, gelu_parts: bool = Fals
         if layer < 2:
             nodes.append(helper.make_node("Relu", [value], [f"r{layer}"], name=f"relu{layer}"))
             value = f"r{layer}"
-    if gelu_parts:
-        for name, number in (("root", np.sqrt(2.0)), ("one", 1.0), ("half", 0.5)):
-            weights.append(numpy_helper.from_array(np.float32(number), name))
-        nodes += [
-            helper.make_node("Div", [value, "root"], ["g0"], name="g0"),
-            helper.make_node("Erf", ["g0"], ["g1"], name="g1"),
-            helper.make_node("Add", ["g1", "one"], ["g2"], name="g2"),
-            helper.make_node("Mul", [value, "g2"], ["g3"], name="g3"),
-            helper.make_node("Mul", ["g3", "half"], ["g4"], name="g4"),
-        ]
-        value = "g4"
     nodes.append(helper.make_node("Identity", [value], ["y"], name="last"))
     shape = ["N", "T", width]
     return _save(
@@ -73,7 +62,7 @@ def mlp(path: Path, *, outlier_layer: int | None = None, gelu_parts: bool = Fals
     )
 
 
-def cnn(path: Path) -> Path:
+def cnn(path: Path, *, batch_norm: bool = False) -> Path:
     """image [N, 3, 16, 16] -> conv, relu, conv + residual, pool, classifier of 4 classes -> logits."""
     rng = np.random.default_rng(1)
     weights = [
@@ -86,7 +75,7 @@ def cnn(path: Path) -> Path:
     ]
     nodes = [
         helper.make_node("Conv", ["image", "first.weight", "first.bias"], ["c0"], name="first", pads=[1] * 4),
-        helper.make_node("Relu", ["c0"], ["r0"], name="relu0"),
+        helper.make_node("Relu", ["n0" if batch_norm else "c0"], ["r0"], name="relu0"),
         helper.make_node("Conv", ["r0", "second.weight", "second.bias"], ["c1"], name="second", pads=[1] * 4),
         helper.make_node("Add", ["c1", "r0"], ["s"], name="residual"),
         helper.make_node("Relu", ["s"], ["r1"], name="relu1"),
@@ -94,6 +83,13 @@ def cnn(path: Path) -> Path:
         helper.make_node("Flatten", ["p"], ["f"], name="flatten"),
         helper.make_node("Gemm", ["f", "head.weight", "head.bias"], ["logits"], name="head"),
     ]
+    if batch_norm:
+        statistics = {"gamma": 1.3, "beta": 0.2, "mean": 0.1, "variance": 0.7}
+        weights += [
+            numpy_helper.from_array(np.full(16, number, np.float32), name)
+            for name, number in statistics.items()
+        ]
+        nodes.insert(1, helper.make_node("BatchNormalization", ["c0", *statistics], ["n0"], name="norm"))
     return _save(
         path,
         helper.make_graph(

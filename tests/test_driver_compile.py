@@ -121,16 +121,17 @@ def test_only_the_bad_layer_goes_back_to_float(tmp_path):
 
 
 def test_limit_that_even_float_breaks_leaves_no_bundle(tmp_path):
-    source = mlp(tmp_path / "m.onnx", gelu_parts=True)
+    # Folding the batch normalization moves the result by float noise, which is over this limit.
+    source = cnn(tmp_path / "m.onnx", batch_norm=True)
     with pytest.raises(DriftExceeded) as caught:
         compiled(
             source,
             tmp_path,
-            calib=vectors(tmp_path / "d.npz"),
+            calib=images(tmp_path / "d.npz"),
             recipe=recipe(max_drift=(DriftLimit(metric="l2", limit=1e-12),)),
         )
     assert caught.value.exit_code == 3
-    assert "matmul" in caught.value.where or "readers of" in caught.value.where
+    assert "first" in caught.value.where or "second" in caught.value.where
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.npz", "m.onnx"]
 
 
@@ -188,7 +189,7 @@ def test_timings_elsewhere_roll_nothing_back(tmp_path, monkeypatch):
 def test_pins_of_another_model_are_refused(tmp_path):
     data = vectors(tmp_path / "d.npz")
     first = compiled(mlp(tmp_path / "m.onnx"), tmp_path, calib=data)
-    other = mlp(tmp_path / "other.onnx", gelu_parts=True)
+    other = mlp(tmp_path / "other.onnx", outlier_layer=0)
     with pytest.raises(RecipeError, match="another model"):
         compiled(other, tmp_path, out="again", calib=data, recipe=first.recipe)
 
