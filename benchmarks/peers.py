@@ -67,13 +67,15 @@ def preprocess(model: Path, output: Path) -> Path:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    loaded = onnx.load(model)
-    if max(item.version for item in loaded.opset_import if item.domain in ("", "ai.onnx")) < _OLDEST_OPSET:
+    header = onnx.load(model, load_external_data=False)
+    if max(item.version for item in header.opset_import if item.domain in ("", "ai.onnx")) < _OLDEST_OPSET:
         from onnx import version_converter
 
-        loaded = version_converter.convert_version(loaded, _CONVERTED_OPSET)
+        newer = output.with_suffix(".converted.onnx")
+        onnx.save(version_converter.convert_version(onnx.load(model), _CONVERTED_OPSET), newer)
+        model = newer
     with _quietly():
-        quant_pre_process(loaded, output, skip_symbolic_shape=True)
+        quant_pre_process(model, output, skip_symbolic_shape=True)
     return output
 
 

@@ -6,7 +6,7 @@ The same quantities come out of `edgepress drift`; the benchmarks print both, an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def read_sts(path: Path) -> Pairs:
     )
 
 
-def tokenize(pairs: Pairs, model_folder: Path, longest: int = 256) -> list[dict[str, Array]]:
+def tokenize(sentences: Sequence[str], model_folder: Path, longest: int = 256) -> list[dict[str, Array]]:
     """One set of inputs a sentence, arrays of shape (1, tokens): cut at `longest`, never padded."""
     from tokenizers import Tokenizer
 
@@ -49,7 +49,7 @@ def tokenize(pairs: Pairs, model_folder: Path, longest: int = 256) -> list[dict[
     tokenizer.no_padding()
     tokenizer.enable_truncation(longest)
     feeds = []
-    for text in pairs.sentences:
+    for text in sentences:
         encoded = tokenizer.encode(text)
         feeds.append(
             {

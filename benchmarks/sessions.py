@@ -115,13 +115,14 @@ def token_feeds(names: Sequence[str], batch: int, tokens: int) -> dict[str, Arra
 
 
 def speed_rows(result: BenchmarkResult) -> dict[str, dict[str, float]]:
-    """Of each form: median and 10 % / 90 % latency in ms, and its speed against the first."""
+    """Of each form: latencies in ms, and its speed against the first."""
     found = {}
     for timing in result.timings:
         found[timing.name] = {
             "p50_ms": timing.p50_ms,
             "p90_ms": timing.p90_ms,
             "min_ms": timing.min_ms,
+            "p99_ms": timing.p99_ms,
             "load_ms": timing.load_ms,
             "runs": timing.runs,
             "ratio": 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -11,6 +12,8 @@ from ..graph.scheme import Scheme
 from ..targets.profile import Evidence, Form
 
 SCHEMA_VERSION = 1
+
+PlannedQuantization = Literal["none", "dynamic", "static", "weight-only", "mixed"]
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,6 +38,12 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     source: str = ""
     macs: int | None = None
 
+    def in_float(self, reason: str) -> Decision:
+        """The same node in float, for `reason`; what was known about its integer kernel goes."""
+        return msgspec.structs.replace(
+            self, form="float", activation=None, weight_scheme=None, reason=reason, evidence="none", source=""
+        )
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All decisions for one model on one target, and everything that was looked at and refused."""
@@ -42,7 +51,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     schema_version: int = SCHEMA_VERSION
     target: str
     precision: Literal["int8", "fp32"]
-    quantization: Literal["none", "dynamic", "static", "weight-only", "mixed"]
+    quantization: PlannedQuantization
     decisions: tuple[Decision, ...]
     passes: tuple[PassRecord, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -57,27 +66,34 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """The decisions that are not float."""
         return tuple(item for item in self.decisions if item.form != "float")
 
+    def with_decisions(self, decisions: Iterable[Decision]) -> Plan:
+        """The plan with other decisions; precision and quantization follow from them."""
+        made = tuple(decisions)
+        quantization = quantization_of(made)
+        precision: Literal["int8", "fp32"] = "fp32" if quantization == "none" else "int8"
+        return msgspec.structs.replace(self, decisions=made, quantization=quantization, precision=precision)
+
     def revert(self, groups: frozenset[str], reason: str) -> Plan:
         """The plan with these groups back in float, for `reason`."""
-        decisions = tuple(
-            msgspec.structs.replace(item, form="float", activation=None, weight_scheme=None, reason=reason)
-            if item.group in groups and item.form != "float"
-            else item
+        return self.with_decisions(
+            item.in_float(reason) if item.group in groups and item.form != "float" else item
             for item in self.decisions
-        )
-        forms = {item.form for item in decisions} - {"float"}
-        quantization = "none" if not forms else next(iter(forms)) if len(forms) == 1 else "mixed"
-        return msgspec.structs.replace(
-            self,
-            decisions=decisions,
-            quantization=quantization,
-            precision="fp32" if not forms else self.precision,
         )
 
     def integer_share(self) -> float | None:
         """The fraction of known multiply-accumulates that run in integers, or None if none is known."""
         known = [(item.macs, item.form) for item in self.decisions if item.macs]
-        total = sum(macs for macs, _ in known if macs)
+        total = sum(macs for macs, _ in known)
         if not total:
             return None
-        return sum(macs for macs, form in known if macs and form in ("dynamic", "static")) / total
+        return sum(macs for macs, form in known if form in ("dynamic", "static")) / total
+
+
+def quantization_of(decisions: Iterable[Decision]) -> PlannedQuantization:
+    """The one form of what is quantized, or "mixed"; tables count only where nothing else is."""
+    quantized = [item for item in decisions if item.form != "float"]
+    forms = {item.form for item in quantized if item.op != "Gather"} or {item.form for item in quantized}
+    if len(forms) > 1:
+        return "mixed"
+    form = next(iter(forms), "float")
+    return "none" if form == "float" else form

@@ -9,37 +9,38 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ..graph.edit import int_attribute, is_constant, only_use, rank
+from ..graph.edit import int_attribute, is_constant, rank
 from ..graph.model import Model
 from ..graph.scheme import Scheme
 from ..targets.profile import Form, Kernel, TargetProfile
 from .cost import bind_axes, node_macs
+from .operands import (
+    COMPUTE_OPS,
+    CONVOLUTIONS,
+    FLOAT_OUTPUT_OPS,
+    MOVING_OPS,
+    channel_axis,
+    only_leaves_graph,
+    output_tail,
+    unfit,
+    unfit_weight,
+    weight_name,
+)
 from .plan import Decision, Plan
 
-_SMALL_WEIGHT_ELEMENTS = 1024
 _SMALL_TABLE_BYTES = 1 << 14
 _HEAD_SHARE = 0.01
-_COMPUTE_OPS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 _CARRIED_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
-PASS_THROUGH_OPS = frozenset(
-    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
-)
-ABSORBED_OPS = frozenset({"Relu", "Clip"})
-_MOVING_OPS = PASS_THROUGH_OPS | ABSORBED_OPS | {"Slice", "Pad", "Split", "Expand", "Gather"}
 _QUANTIZED_OPS = frozenset(
     {
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-        "MatMulInteger",
-        "ConvInteger",
-        "QLinearConv",
-        "QLinearMatMul",
-        "MatMulNBits",
-        "QGemm",
-        "QAttention",
+        "ConvInteger", "DequantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeLinear",
+        "DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4", "MatMulInteger",
+        "MatMulInteger16", "MatMulIntegerToFloat", "MatMulNBits", "QAttention",
+        "QEmbedLayerNormalization", "QGemm", "QMoE", "QuantizeLinear",
     }
-)
+)  # fmt: skip
+_QUANTIZED_PREFIXES = ("QLinear", "QOrdered")
+_STATIC_REMEDY = "pass --quantization static with --calib DATA"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,21 +66,24 @@ def propose(model: Model, profile: TargetProfile, request: Request) -> Plan:
     """
     proposer = _Proposer(model, profile, request)
     decisions = proposer.decide()
-    forms = {item.form for item in decisions if item.op != "Gather"} - {"float"}
-    if not forms:
-        forms = {item.form for item in decisions} - {"float"}
-    quantization = "none" if not forms else next(iter(forms)) if len(forms) == 1 else "mixed"
-    return Plan(
+    unused = [pattern.pattern for pattern in proposer.patterns if pattern not in proposer.matched]
+    plan = Plan(
         target=profile.name,
-        precision="int8" if forms else "fp32",
-        quantization=quantization,  # type: ignore[arg-type]  # forms without "float"
-        decisions=tuple(decisions),
+        precision="fp32",
+        quantization="none",
+        decisions=(),
+        notes=tuple(f"--keep-float {text!r} matches no node or weight" for text in unused),
     )
+    return plan.with_decisions(decisions)
 
 
 def is_quantized(model: Model) -> bool:
-    """Whether the graph already holds quantized operators."""
-    return any(node.op_type in _QUANTIZED_OPS for node in model.graph.all_nodes())
+    """Whether the graph already holds quantized operators, standard ones or onnxruntime's."""
+    return any(
+        node.domain in ("", "ai.onnx", "com.microsoft")
+        and (node.op_type in _QUANTIZED_OPS or node.op_type.startswith(_QUANTIZED_PREFIXES))
+        for node in model.graph.all_nodes()
+    )
 
 
 class _Proposer:
@@ -89,11 +93,12 @@ class _Proposer:
         self.request = request
         self.sizes = bind_axes(model, request.shapes)
         self.patterns = [re.compile(text) for text in request.keep_float]
-        self.static: dict[str, Decision] = {}
-        compute = [node for node in model.graph.all_nodes() if node.op_type in _COMPUTE_OPS]
-        self.has_convolution = any(node.op_type in ("Conv", "ConvTranspose") for node in compute)
+        self.matched: set[re.Pattern[str]] = set()
+        self.static_activation = _static_activation(profile)
+        self.made_in_integers: set[str] = set()
+        compute = [node for node in model.graph.all_nodes() if node.op_type in COMPUTE_OPS]
+        self.has_convolution = any(node.op_type in CONVOLUTIONS for node in compute)
         self.total_macs = sum(self.macs(node) or 0 for node in compute)
-        self.outputs = {id(value) for value in model.graph.outputs}
 
     def decide(self) -> list[Decision]:
         decisions: list[Decision] = []
@@ -101,7 +106,7 @@ class _Proposer:
         for node in self.model.graph.all_nodes():
             if node.domain not in ("", "ai.onnx"):
                 continue
-            if node.op_type in _COMPUTE_OPS:
+            if node.op_type in COMPUTE_OPS:
                 decision = self.compute(node)
             elif node.op_type == "Gather":
                 decision = self.table(node)
@@ -111,8 +116,8 @@ class _Proposer:
                 continue
             if decision is None:
                 continue
-            if decision.form == "static":
-                self.static[decision.node] = decision
+            if decision.form == "static" and node.op_type not in FLOAT_OUTPUT_OPS:
+                self.made_in_integers.add(decision.node)
             decisions.append(decision)
         return decisions
 
@@ -124,39 +129,28 @@ class _Proposer:
             form="float",
             reason=reason,
             remedy=remedy,
-            weight=_weight_name(node),
+            weight=weight_name(node),
             macs=self.macs(node),
         )
 
     def macs(self, node: ir.Node) -> int | None:
-        return node_macs(node, self.sizes) if node.op_type in _COMPUTE_OPS else None
+        return node_macs(node, self.sizes) if node.op_type in COMPUTE_OPS else None
 
     def kept_by_user(self, node: ir.Node) -> Decision | None:
-        names = [node.name or "", _weight_name(node) or ""]
-        for pattern in self.patterns:
-            if any(pattern.search(name) for name in names if name):
-                return self.stays(node, f"kept in float by --keep-float {pattern.pattern!r}")
-        return None
+        names = [name for name in (node.name, weight_name(node)) if name]
+        matching = [pattern for pattern in self.patterns if any(pattern.search(name) for name in names)]
+        self.matched.update(matching)
+        if not matching:
+            return None
+        return self.stays(node, f"kept in float by --keep-float {matching[0].pattern!r}")
 
     def compute(self, node: ir.Node) -> Decision:
         kept = self.kept_by_user(node)
         if kept is not None:
             return kept
-        weight = node.inputs[1]
-        if not is_constant(weight) or weight is None or weight.const_value is None:
-            return self.stays(
-                node,
-                "both operands are computed (attention): quantizing both while running costs more than "
-                "the integer product saves"
-                if node.op_type == "MatMul"
-                else "its weight is computed",
-            )
-        if weight.const_value.dtype != ir.DataType.FLOAT:
-            return self.stays(node, f"its weight is {weight.const_value.dtype.name}, not FLOAT")
-        if weight.const_value.size < _SMALL_WEIGHT_ELEMENTS and node.op_type in ("MatMul", "Gemm"):
-            return self.stays(
-                node, f"its weight has {weight.const_value.size} elements: too small to pay for quantizing"
-            )
+        problem = unfit_weight(node)
+        if problem is not None:
+            return self.stays(node, *problem)
         form, reason, remedy = self.wanted_form(node)
         if form == "float":
             return self.stays(node, reason, remedy)
@@ -170,75 +164,82 @@ class _Proposer:
         """Whether a node is the small classifier at the very end."""
         if node.op_type not in ("Gemm", "MatMul") or (self.macs(node) or 0) >= _HEAD_SHARE * self.total_macs:
             return False
-        return id(node.outputs[0]) in self.outputs or _only_feeds_output(node, self.outputs)
+        return only_leaves_graph(node.outputs[0])
+
+    def remedy_static(self, node: ir.Node) -> str | None:
+        return _STATIC_REMEDY if self.profile.kernel(node.op_type, "static") is not None else None
 
     def wanted_form(self, node: ir.Node) -> tuple[Form, str, str | None]:
         """(form, reason, remedy) by the request and the operator."""
         asked = self.request.quantization
-        convolution = node.op_type in ("Conv", "ConvTranspose")
         if asked == "weight-only":
-            return (
-                (
-                    "float",
-                    self.profile.refusal(node.op_type, "weight-only")
-                    or "convolutions keep their weights in float",
-                    None,
-                )
-                if convolution
-                else ("weight-only", "", None)
-            )
-        static = asked == "static" or (asked == "auto" and (convolution or self.has_convolution))
-        if not static:
-            if convolution:
-                return (
-                    "float",
-                    self.profile.refusal(node.op_type, "dynamic") or "",
-                    ("pass --quantization static with --calib DATA"),
-                )
+            return "weight-only", "", None
+        convolution = node.op_type in CONVOLUTIONS
+        if asked == "dynamic" or (asked == "auto" and not self.has_convolution):
             return "dynamic", "", None
-        if not self.request.calibrated:
-            return "float", "static ranges need calibration data", "pass --calib DATA"
-        return "static", "", None
+        if self.request.calibrated:
+            return "static", "", None
+        if asked == "auto" and not convolution and node.op_type == "MatMul":
+            return "dynamic", "", None
+        return "float", "static ranges need calibration data", "pass --calib DATA"
 
     def in_form(self, node: ir.Node, form: Form) -> Decision:
         """A decision for `form`, or float with the reason why the target or the node refuses it."""
-        unfit = _unfit(node, form)
-        if unfit is not None:
-            return self.stays(node, unfit)
-        activation = self.profile.static_activation_type if form == "static" else None
-        kernel = self.profile.kernel(node.op_type, form, activation=activation, weight="int8")
-        if kernel is None and form == "static":
-            kernel = self.profile.kernel(node.op_type, form, weight="int8")
-        if form == "weight-only":
-            kernel = self.profile.kernel(node.op_type, form, granularity="block")
+        problem = unfit(node, form)
+        if problem is not None:
+            return self.stays(node, problem)
+        kernel, refusal = self.kernel_or_refusal(node.op_type, form)
+        remedy = self.remedy_static(node) if form != "static" else None
         if kernel is None:
-            why = self.profile.refusal(node.op_type, form)
-            return self.stays(node, why or f"{self.profile.name} has no {form} kernel for {node.op_type}")
-        if kernel.speedup_over_float is not None and kernel.speedup_over_float < 1.0:
-            return self.stays(
-                node,
-                f"in {form} form it runs at {kernel.speedup_over_float:.2f}x of float here ({kernel.source})",
-            )
+            return self.stays(node, refusal, remedy)
         return self.decision(node, form, kernel)
 
+    def kernel_or_refusal(self, op: str, form: Form) -> tuple[Kernel | None, str]:
+        """The kernel that the lowering of `form` uses, if the target has it and it pays; else why not."""
+        activation = self.static_activation
+        if form == "static" and activation is not None:
+            asymmetric = None if activation.symmetric else False
+            weight: Literal["int8"] | None = "int8" if op in COMPUTE_OPS else None
+            kernel = self.profile.kernel(
+                op, form, activation=activation.dtype, weight=weight, symmetric_activation=asymmetric
+            )
+            why = self.profile.refusal(
+                op, form, activation=activation.dtype, weight=weight, symmetric_activation=asymmetric
+            )
+        elif form == "weight-only":
+            kernel = self.profile.kernel(op, form, weight="uint8", granularity="block")
+            why = self.profile.refusal(op, form, weight="uint8", granularity="block")
+        else:
+            kernel = self.profile.kernel(op, form, weight="int8")
+            why = self.profile.refusal(op, form, weight="int8")
+        if kernel is None:
+            return None, why or f"{self.profile.name} has no {form} kernel for {op}"
+        speedup = kernel.speedup_over_float
+        if speedup is not None and speedup < 1.0:
+            return None, f"in {form} form it runs at {speedup:.2f}x of float here ({kernel.source})"
+        return kernel, ""
+
     def decision(self, node: ir.Node, form: Form, kernel: Kernel) -> Decision:
-        activation = None
-        if form in ("dynamic", "static"):
-            dtype: Literal["int8", "uint8"] = "int8" if kernel.activation == "int8" else "uint8"
-            activation = Scheme(dtype=dtype, symmetric=kernel.symmetric_activation_only)
-        weight_scheme = None
-        if _weight_name(node) is not None:
-            axis = _channel_axis(node)
+        """The decision to compute `node` in integers, or (weight-only) with a weight in blocks."""
+        activation = weight_scheme = None
+        if form == "static":
+            activation = self.static_activation
+        elif form == "dynamic":
+            # DynamicQuantizeLinear knows no other: signed or symmetric activations would cost MiniLM
+            # 0.18 relative L2 instead of 0.11 as well.
+            activation = Scheme(dtype="uint8", symmetric=False)
+        if form != "weight-only" and node.op_type in COMPUTE_OPS:
             weight_scheme = Scheme(
                 dtype="int8",
                 symmetric=True,
                 granularity="per-channel",
-                axis=axis,
+                axis=channel_axis(node),
                 reduced_range=kernel.reduced_range,
             )
         group = node.name or ""
         if form == "dynamic" and node.inputs[0] is not None:
             group = f"readers of {node.inputs[0].name}"
+        speed = "" if kernel.speedup_over_float is None else f", {kernel.speedup_over_float:.2f}x of float"
         return Decision(
             node=node.name or "",
             op=node.op_type,
@@ -246,8 +247,8 @@ class _Proposer:
             form=form,
             activation=activation,
             weight_scheme=weight_scheme,
-            weight=_weight_name(node),
-            reason=_reason(kernel),
+            weight=weight_name(node),
+            reason=f"kernel {kernel.name} ({kernel.grade}{speed})",
             evidence=kernel.evidence,
             source=kernel.source,
             macs=self.macs(node),
@@ -267,9 +268,9 @@ class _Proposer:
             return self.stays(node, "tables were not asked to be quantized")
         if tensor.nbytes < _SMALL_TABLE_BYTES:
             return self.stays(node, f"its table has only {tensor.nbytes} bytes")
-        others = [use.node for use in table.uses() if use.node.op_type != "Gather"]
-        if others:
-            return self.stays(node, f"its table is also read by {others[0].op_type} (tied weights)")
+        obstacle = self.table_obstacle(table)
+        if obstacle is not None:
+            return self.stays(node, obstacle)
         kernel = self.profile.kernel("Gather", "weight-only", granularity="per-row")
         if kernel is None:
             why = self.profile.refusal("Gather", "weight-only", granularity="per-row")
@@ -286,85 +287,50 @@ class _Proposer:
             source=kernel.source,
         )
 
+    def table_obstacle(self, table: ir.Value) -> str | None:
+        """Why the float table must stay in the file in any case, so that an int8 copy only adds to it."""
+        if table.is_graph_output():
+            return "its table is a graph output"
+        for use in table.uses():
+            if use.node.op_type != "Gather":
+                return f"its table is also read by {use.node.op_type} (tied weights)"
+            if use.idx != 0 or int_attribute(use.node, "axis", 0) != 0:
+                return "its table is also read in another way"
+            if self.kept_by_user(use.node) is not None:
+                return "another reader of its table is kept in float by --keep-float"
+        return None
+
     def carried(self, node: ir.Node) -> Decision | None:
         """Add, pooling… between integer operators: in integers as well, to save the way through float."""
-        if not self.static:
-            return None
         operands = [value for value in node.inputs if value is not None and not is_constant(value)]
-        if not operands or not all(self.comes_from_static(value) for value in operands):
+        if not operands or not all(self.comes_from_integers(value) for value in operands):
             return None
         kept = self.kept_by_user(node)
         if kept is not None:
             return kept
-        activation = next(iter(self.static.values())).activation
-        kernel = self.profile.kernel(
-            node.op_type, "static", activation=None if activation is None else activation.dtype
-        ) or self.profile.kernel(node.op_type, "static")
-        if kernel is None:
-            return self.stays(node, self.profile.refusal(node.op_type, "static") or "no kernel")
-        return Decision(
-            node=node.name or "",
-            op=node.op_type,
-            group=node.name or "",
-            form="static",
-            activation=activation,
-            reason=_reason(kernel),
-            evidence=kernel.evidence,
-            source=kernel.source,
-        )
+        if node.graph is not self.model.graph:
+            return self.stays(node, "it stands in the body of a control-flow operator")
+        if output_tail(node).is_graph_output():
+            return self.stays(node, "its result leaves the graph: 8 bits would only cost precision")
+        kernel, refusal = self.kernel_or_refusal(node.op_type, "static")
+        return self.stays(node, refusal) if kernel is None else self.decision(node, "static", kernel)
 
-    def comes_from_static(self, value: ir.Value) -> bool:
-        """Whether the value is made by a static operator, looking through absorbed and moving ones."""
+    def comes_from_integers(self, value: ir.Value) -> bool:
+        """Whether a kernel with quantized output makes the value, looking through moving operators."""
         node = value.producer()
-        while node is not None and node.op_type in _MOVING_OPS:
+        while node is not None and node.op_type in MOVING_OPS and not node.domain:
             source = node.inputs[0]
             node = None if source is None else source.producer()
-        return node is not None and (node.name or "") in self.static
+        return node is not None and (node.name or "") in self.made_in_integers
 
 
-def _unfit(node: ir.Node, form: Form) -> str | None:
-    """Why a node cannot take a form whatever the target, or None."""
-    if node.op_type == "MatMul":
-        if rank(node.inputs[1]) != 2:
-            return f"its weight has {rank(node.inputs[1])} axes; integer kernels want [K, N]"
-        if form in ("dynamic", "static") and (rank(node.inputs[0]) or 0) < 2:
-            return "its input has fewer than two axes or an unknown rank"
-    if node.op_type == "Gemm":
-        for name in ("alpha", "beta"):
-            if name in node.attributes and node.attributes[name].as_float() != 1.0:
-                return f"{name} is not 1"
-        if int_attribute(node, "transA", 0):
-            return "its first operand is transposed"
-    if len(node.inputs) > 2 and node.inputs[2] is not None and not is_constant(node.inputs[2]):
-        return "its bias is computed"
-    return None
-
-
-def _channel_axis(node: ir.Node) -> int:
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "Gemm":
-        return 0 if int_attribute(node, "transB", 0) else 1
-    return 1
-
-
-def _weight_name(node: ir.Node) -> str | None:
-    place = 0 if node.op_type == "Gather" else 1
-    if node.op_type not in (*_COMPUTE_OPS, "Gather") or len(node.inputs) <= place:
+def _static_activation(profile: TargetProfile) -> Scheme | None:
+    """The one activation scheme of a static plan: tensors between two operators have one type."""
+    dtype = profile.static_activation_type
+    if dtype is None:
         return None
-    value = node.inputs[place]
-    return value.name if is_constant(value) and value is not None else None
-
-
-def _reason(kernel: Kernel) -> str:
-    speed = "" if kernel.speedup_over_float is None else f", {kernel.speedup_over_float:.2f}x of float"
-    return f"kernel {kernel.name} ({kernel.grade}{speed})"
-
-
-def _only_feeds_output(node: ir.Node, outputs: set[int]) -> bool:
-    reader = only_use(node.outputs[0])
-    return (
-        reader is not None
-        and reader.op_type in ("Add", "Softmax", "Identity")
-        and any(id(value) in outputs for value in reader.outputs)
-    )
+    free = [
+        profile.kernel(op, "static", activation=dtype, symmetric_activation=False)
+        for op in ("Conv", "MatMul", "Gemm")
+    ]
+    return Scheme(dtype=dtype, symmetric=all(kernel is None for kernel in free))

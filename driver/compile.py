@@ -26,8 +26,9 @@ from ..runtimes.ort_runtime import OrtSession
 from ..targets.registry import load_target
 from .budget import hold, open_budget, steps
 from .bundling import bundle
+from .cache import cache_folder
 from .candidate import Candidate, build, check_samples, prepare
-from .data_sets import DataSets, input_shapes, open_data_sets
+from .data_sets import DataSets, check_shapes, input_shapes, open_data_sets
 from .local_benchmark import COMPILED, WITHOUT_OPTIONS, time_against_baseline, timing_inputs
 from .reporter import Reporter, SilentReporter
 from .result import CompileResult, Sizes
@@ -123,8 +124,7 @@ class _Compile:
         self.source_bytes = 0
 
     def open_target(self) -> None:
-        overrides = [f"{key}={value}" for key, value in self.recipe.target_overrides.items()]
-        self.profile = load_target(self.recipe.target, overrides)
+        self.profile = load_target(self.recipe.target, self.recipe.override_texts)
         if self.recipe.precision in ("bf16", "fp16"):
             raise NotSupported(
                 f"precision {self.recipe.precision} is not supported yet",
@@ -141,9 +141,11 @@ class _Compile:
                 tokenizer=tokenizer,
                 preprocessor=preprocessor,
                 trust_code=self.recipe.trust_code,
+                cache_folder=cache_folder(),
                 progress=self.reporter.note,
             )
             require_no_nan(self.source.model)
+        check_shapes(self.source.model, self.recipe)
         pins = self.recipe.pins
         if pins is not None and pins.model_sha256 != self.source.model.fingerprint():
             raise RecipeError(

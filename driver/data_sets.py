@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from ..calibration.data import CalibrationData, generated_data, open_data, require_disjoint, split_data
 from ..calibration.generated import index_limits
 from ..compress.cost import DEFAULT_BATCH, DEFAULT_LENGTH
-from ..graph.errors import DataError
+from ..graph.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from ..compress.recipe import Recipe
     from ..frontends.source import Source
-    from ..graph.model import Model
+    from ..graph.model import Model, TensorSpec
 
 DATA_FREE_STAMP = "data-free"
 _GENERATED_SAMPLES = 32
@@ -96,6 +96,40 @@ def _generated(model: Model, recipe: Recipe, vocab_size: int | None) -> DataSets
     )
     kept, held_out = split_data(made, seed=recipe.seed)
     return DataSets(calibrate=kept, evaluate=held_out, stamps=(DATA_FREE_STAMP,))
+
+
+def check_shapes(model: Model, recipe: Recipe) -> None:
+    """Hold the shapes that were asked for against the model's inputs.
+
+    Raises:
+        RecipeError: if a name is no input, or a shape contradicts a fixed axis.
+    """
+    known = {spec.name: spec for spec in model.inputs}
+    takes = ", ".join(f"{spec.name!r} of {_dims(spec)}" for spec in model.inputs)
+    for name, shape in recipe.shapes.items():
+        spec = known.get(name)
+        if spec is None:
+            raise RecipeError(
+                f"the model has no input {name!r}", where="--shape", remedy=f"the inputs are {takes}"
+            )
+        dims = spec.shape
+        fits = dims is None or (
+            len(dims) == len(shape)
+            and all(size == dim for size, dim in zip(shape, dims, strict=True) if isinstance(dim, int))
+        )
+        if not fits:
+            raise RecipeError(
+                f"input {name!r} does not take the shape {'x'.join(map(str, shape))}",
+                where="--shape",
+                why=f"the model fixes it to {_dims(spec)}",
+                remedy="give a size for every axis, and the model's own where it is fixed",
+            )
+
+
+def _dims(spec: TensorSpec) -> str:
+    if spec.shape is None:
+        return "any shape"
+    return "x".join("?" if dim is None else str(dim) for dim in spec.shape)
 
 
 def input_shapes(model: Model, recipe: Recipe, longest: int | None = None) -> dict[str, tuple[int, ...]]:

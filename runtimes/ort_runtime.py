@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -199,6 +200,8 @@ def _name_of(model: Path | bytes) -> str:
 
 
 def _onnxruntime() -> Any:
+    # onnxruntime reads this when it is first imported; switching telemetry off afterwards is too late.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

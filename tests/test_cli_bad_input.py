@@ -307,12 +307,12 @@ def target_file_with_an_unknown_key(folder):
 
 @kind
 def unknown_target_field(folder):
-    return Case(compiling(folder, "--set", "target.default_thread=2"), 2, "default_threads")
+    return Case(compiling(folder, "--set", "target.default_thread=2"), 2, "did you mean default_threads")
 
 
 @kind
 def target_field_of_the_wrong_type(folder):
-    return Case(compiling(folder, "--set", "target.default_threads=many"), 2, "default_threads")
+    return Case(compiling(folder, "--set", "target.default_threads=many"), 2, "got `str`")
 
 
 @kind

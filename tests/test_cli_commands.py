@@ -91,6 +91,13 @@ def test_a_dry_run_prints_plan_and_recipe_and_writes_nothing(home, capsys):
     assert document["bundle"] is None
 
 
+def test_a_changed_target_field_is_used_and_kept_in_the_recipe(home, capsys):
+    words = "compile model.onnx --target host --calib calib.npz --dry-run --set target.name=mine"
+    document = told(home, words, capsys)
+    assert document["plan"]["target"] == "mine"
+    assert document["recipe"]["target_overrides"] == {"name": "mine"}
+
+
 def test_a_bundles_recipe_replays_it(home, capsys):
     recipe = read_recipe(home / "out" / "recipe.toml")
     assert recipe.pins is not None

@@ -36,9 +36,9 @@ class FoldBatchNorm(NamedTuple):
     def apply(self, node: ir.Node, editor: Editor) -> Verdict:
         """See `Rule`."""
         before = producer(node.inputs[0], "Conv", "ConvTranspose", "Gemm")
-        if before is None:
+        if before is None or before.graph is not node.graph:
             return Refused("there is no convolution in front of it")
-        if int_attribute(node, "training_mode", 0) or any(value.uses() for value in node.outputs[1:]):
+        if _is_training(node, editor.model.opset):
             return Refused("it runs in training mode")
         if only_use(before.outputs[0]) is not node:
             return Refused("the convolution's result has other readers")
@@ -54,11 +54,16 @@ class FoldBatchNorm(NamedTuple):
         if any(array is None for array in numbers) or before.graph is None:
             return Refused("its statistics are computed")
         gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in numbers)
-        factor = gamma / np.sqrt(variance + float_attribute(node, "epsilon", 1e-5))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            factor = gamma / np.sqrt(variance + float_attribute(node, "epsilon", 1e-5))
+        if not np.isfinite(factor).all():
+            return Refused("its variance is not positive")
         weight = constant(weight_value)
         assert weight is not None
         assert weight_value is not None
         axis = _output_axis(before)
+        if factor.shape != (weight.shape[axis],):
+            return Refused("it has not one factor per output channel")
         shape = [1] * weight.ndim
         shape[axis] = -1
         scaled = (weight.astype(np.float64) * factor.reshape(shape)).astype(weight.dtype)
@@ -91,13 +96,13 @@ class FoldBias(NamedTuple):
         """See `Rule`."""
         pair = split_constant(node)
         convolved = producer(pair[0], "Conv", "ConvTranspose") if pair is not None else None
-        if pair is None or convolved is None or convolved.graph is None:
+        if pair is None or convolved is None or convolved.graph is not node.graph:
             return False
         if len(convolved.inputs) > 2 and convolved.inputs[2] is not None:
             return Refused("the convolution has a bias already")
         if only_use(pair[0]) is not node:
             return Refused("the convolution's result has other readers")
-        values, size = constant(pair[1]), rank(pair[0])
+        values, size = constant(pair[1]), rank(convolved.inputs[1])
         channels = _channels(convolved)
         if values is None or size is None or channels is None or values.ndim > size:
             return Refused("the shapes are not known")
@@ -117,6 +122,15 @@ class FoldBias(NamedTuple):
             fused.attributes.add(attribute)
         editor.replace(node.outputs[0], fused.outputs[0])
         return True
+
+
+def _is_training(node: ir.Node, opset: int) -> bool:
+    """Whether a BatchNormalization normalises by the batch: said in three ways over the years."""
+    if opset >= 14:
+        return int_attribute(node, "training_mode", 0) != 0
+    if opset < 7:
+        return int_attribute(node, "is_test", 0) == 0
+    return any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
 
 
 def _channels(node: ir.Node) -> int | None:

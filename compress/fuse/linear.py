@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ...graph.edit import Editor, constant, float_attribute, int_attribute, is_constant, rank
+from ...graph.edit import Array, Editor, constant, float_attribute, int_attribute, is_constant, rank
 from ...graph.rewrite import Refused, Verdict
 
 
@@ -35,8 +35,7 @@ class GemmToMatMul(NamedTuple):
             values = constant(weight)
             if values is None or rank(weight) != 2:
                 return Refused("its weight has no two axes")
-            stem = f"{weight.name}.transposed"
-            weight = editor.tensor(ir.tensor(np.ascontiguousarray(values.T)), stem, graph)
+            weight = _turned(weight.name or "weight", values.T, graph, editor)
         result = node.outputs[0]
         stem = result.name or "linear"
         product = editor.value("MatMul", [source, weight], before=node, stem=f"{stem}/product", like=result)
@@ -44,3 +43,13 @@ class GemmToMatMul(NamedTuple):
             product = editor.value("Add", [product, bias], before=node, stem=f"{stem}/biased", like=result)
         editor.replace(result, product)
         return True
+
+
+def _turned(name: str, values: Array, graph: ir.Graph, editor: Editor) -> ir.Value:
+    """The transposed weight as an initializer; the one that another Gemm of a tied weight made is taken."""
+    stem = f"{name}.transposed"
+    known = graph.initializers.get(stem)
+    contents = constant(known)
+    if known is not None and contents is not None and np.array_equal(contents, values):
+        return known
+    return editor.tensor(ir.tensor(np.ascontiguousarray(values)), stem, graph)

@@ -11,7 +11,7 @@ Monomial = tuple[tuple[int, int], ...]
 Polynomial = dict[Monomial, float]
 
 _TERMS_LIMIT = 16
-_POWER_LIMIT = 4
+_POWERS = (1.0, 2.0, 3.0, 4.0)
 
 
 class Expansion:
@@ -74,7 +74,7 @@ def _combine(op_type: str, parts: list[Polynomial | None]) -> Polynomial | None:
         return None
     if op_type == "Div":
         return {key: factor / number for key, factor in first.items()} if number else None
-    if number != int(number) or not 1 <= number <= _POWER_LIMIT:
+    if number not in _POWERS:
         return None
     result: Polynomial = {(): 1.0}
     for _ in range(int(number)):

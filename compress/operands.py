@@ -1,0 +1,118 @@
+"""What a node's operands allow: which integer forms it can take at all, whatever the target."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ..graph.edit import float_attribute, int_attribute, is_constant, only_use, rank
+from ..targets.profile import Form
+
+COMPUTE_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+PASS_THROUGH_OPS = frozenset(
+    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity"}
+)
+ABSORBED_OPS = frozenset({"Relu", "Clip"})
+MOVING_OPS = PASS_THROUGH_OPS | ABSORBED_OPS | {"Slice", "Pad", "Split", "Expand", "Gather"}
+FLOAT_OUTPUT_OPS = frozenset({"MatMul"})
+"""Operators whose integer kernels scale their result back to float at no cost."""
+
+_SMALL_WEIGHT_ELEMENTS = 1024
+_SCORE_OPS = ("Add", "Softmax", "LogSoftmax", "Sigmoid", "Identity")
+
+
+def weight_name(node: ir.Node) -> str | None:
+    """The name of the constant weight or table that a node reads, or None."""
+    place = 0 if node.op_type == "Gather" else 1
+    if (node.op_type not in COMPUTE_OPS and node.op_type != "Gather") or len(node.inputs) <= place:
+        return None
+    value = node.inputs[place]
+    return value.name if is_constant(value) and value is not None else None
+
+
+def channel_axis(node: ir.Node) -> int:
+    """The axis of the weight that runs over output channels."""
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "Gemm":
+        return 0 if int_attribute(node, "transB", 0) else 1
+    return 1
+
+
+def output_tail(node: ir.Node) -> ir.Value:
+    """The output of a node, or of the Relu or Clip behind it if nothing else reads it."""
+    value = node.outputs[0]
+    reader = only_use(value)
+    if reader is None or reader.op_type not in ABSORBED_OPS or reader.domain or reader.inputs[0] is not value:
+        return value
+    return reader.outputs[0]
+
+
+def only_leaves_graph(value: ir.Value) -> bool:
+    """Whether a value ends as scores: a graph output that nothing reads, maybe behind a Softmax."""
+    for _ in range(4):
+        if value.is_graph_output():
+            return not value.uses()
+        reader = only_use(value)
+        if reader is None or reader.op_type not in _SCORE_OPS:
+            return False
+        value = reader.outputs[0]
+    return False
+
+
+def unfit_weight(node: ir.Node) -> tuple[str, str | None] | None:
+    """(reason, remedy) why a node's weight cannot be quantized in any form, or None."""
+    if len(node.inputs) < 2:
+        return "it has no weight", None
+    data, weight = node.inputs[0], node.inputs[1]
+    if is_constant(data):
+        reason = "its constant is the left operand: integer kernels want the weight on the right"
+        return reason, "export the transposed product: A x = (x\u2019 A\u2019)\u2019"
+    if weight is None or not is_constant(weight) or weight.const_value is None:
+        if node.op_type != "MatMul":
+            return "its weight is computed", None
+        return (
+            "both operands are computed (attention): quantizing both while running costs more than "
+            "the integer product saves",
+            None,
+        )
+    if weight.const_value.dtype != ir.DataType.FLOAT:
+        return f"its weight is {weight.const_value.dtype.name}, not FLOAT", "export the model in float32"
+    elements = weight.const_value.size
+    if elements < _SMALL_WEIGHT_ELEMENTS and node.op_type in ("MatMul", "Gemm"):
+        return f"its weight has {elements} elements: too small to pay for quantizing", None
+    return None
+
+
+def unfit(node: ir.Node, form: Form) -> str | None:
+    """Why a node with a fit weight cannot take a form whatever the target, or None."""
+    if node.op_type == "MatMul":
+        axes = rank(node.inputs[1])
+        if axes != 2:
+            return f"its weight has {axes} axes; integer kernels want [K, N]"
+        if form in ("dynamic", "static") and (rank(node.inputs[0]) or 0) < 2:
+            return "its input has fewer than two axes or an unknown rank"
+    if node.op_type == "Gemm":
+        for name in ("alpha", "beta"):
+            if float_attribute(node, name, 1.0) != 1.0:
+                return f"{name} is not 1"
+        if int_attribute(node, "transA", 0):
+            return "its first operand is transposed"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return None
+    if not is_constant(bias) or bias.const_value is None:
+        return "its bias is computed"
+    if node.op_type == "Gemm" and not _is_per_channel(node, bias.const_value):
+        return "its bias is not one number per output"
+    return None
+
+
+def _is_per_channel(node: ir.Node, bias: ir.TensorProtocol) -> bool:
+    """Whether a Gemm's bias is one number, or one per output channel."""
+    weight = node.inputs[1]
+    width = None if weight is None or weight.const_value is None else weight.const_value.shape
+    if width is None:
+        return False
+    shape = tuple(int(size) for size in bias.shape.numpy())
+    return bias.size == 1 or (shape[-1] == bias.size == width[channel_axis(node)])
