@@ -36,7 +36,7 @@ def deny() -> None:
     """Make this process's requests for AMX fail; call it before onnxruntime is imported.
 
     Raises:
-        SystemExit: if this is no x86-64 Linux, onnxruntime is loaded already, or the kernel refuses the filter.
+        SystemExit: if this is no x86-64 Linux, onnxruntime is loaded already, or the kernel says no.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise SystemExit("--no-amx works on x86-64 Linux only")

@@ -30,6 +30,8 @@ def compile_bundle(model: Path, output: Path, target: str, *options: str) -> dic
         check=False,
     )
     if done.returncode != 0:
-        raise SystemExit(f"edgepress {' '.join(words)}\nended with exit code {done.returncode}:\n{done.stderr}")
+        raise SystemExit(
+            f"edgepress {' '.join(words)}\nended with exit code {done.returncode}:\n{done.stderr}"
+        )
     document: dict[str, Any] = json.loads(done.stdout)
     return document

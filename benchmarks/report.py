@@ -44,8 +44,12 @@ class Report:
             print(text, file=sys.stderr, flush=True)
 
     def add(self, name: str, figures: Any) -> None:
-        """Keep figures for the JSON document; a repeated name makes a list."""
+        """Keep figures for the JSON document."""
         self._document[name] = figures
+
+    def figures(self, name: str) -> Any:
+        """Figures that were added, or None."""
+        return self._document.get(name)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table; the first column is on the left, all others on the right."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 from edgepress.export.manifest import Manifest
 from edgepress.export.verify import read_manifest
 from edgepress.runtimes.timing import BenchmarkResult, Candidate, Schedule, benchmark
@@ -35,9 +34,7 @@ class PlainSession:
         for key, value in config.items():
             options.add_session_config_entry(key, value)
         started = time.perf_counter_ns()
-        self._session = onnxruntime.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"]
-        )
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.load_ms = (time.perf_counter_ns() - started) / 1e6
         self.input_names = [item.name for item in self._session.get_inputs()]
         self._output_names = [item.name for item in self._session.get_outputs()]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from ..graph.cleanup import LiftOpset, MergeDuplicates, RemoveUnused
+from ..graph.cleanup import LiftOpset, RemoveUnused
+from ..graph.duplicates import MergeDuplicates
 from ..graph.model import Model
 from ..graph.passes import Pass, PassRecord, run_passes
 from ..graph.rewrite import Rewrite, Rule
@@ -14,10 +15,11 @@ from .fuse.attention import DropNanGuard, PackSharedInput
 from .fuse.convolution import FoldBatchNorm, FoldBias
 from .fuse.linear import GemmToMatMul
 from .fuse.normalization import LayerNormFromParts
+from .operands import CONVOLUTIONS, FORM_OPSETS, is_liftable
 from .plan import Plan
 from .quantize.blocks import QuantizeBlocks
 from .quantize.dynamic import QuantizeDynamic, QuantizeTables
-from .quantize.static import QDQ_OPSET, QuantizeStatic, Ranges
+from .quantize.static import QuantizeStatic, Ranges
 
 _FUSION_OPSET = 20
 """Gelu became an operator in 20, LayerNormalization in 17."""
@@ -45,20 +47,31 @@ def fusion_passes(model: Model, profile: TargetProfile, switches: Mapping[str, b
     if switches.get("packed-qkv", profile.is_faster("PackedQKV", "edgepress")):
         rules.append(PackSharedInput())
     passes: list[Pass] = []
-    if _spelled_out(model) and model.opset < _FUSION_OPSET <= profile.runtime.max_opset:
+    if model.opset < _FUSION_OPSET <= profile.runtime.max_opset and _gains_by_lifting(model, rules):
         passes.append(LiftOpset(minimum=_FUSION_OPSET))
     passes += [Rewrite(rules=tuple(rules)), MergeDuplicates(), RemoveUnused()]
     return passes
 
 
 def _has_convolution(model: Model) -> bool:
-    return any(node.op_type in ("Conv", "ConvTranspose") for node in model.graph.all_nodes())
+    return any(node.op_type in CONVOLUTIONS for node in model.graph.all_nodes())
+
+
+def _gains_by_lifting(model: Model, rules: Sequence[Rule]) -> bool:
+    """Whether GELU or layer normalization is spelled out here, and the operator set can be lifted for it."""
+    wanted = tuple(rule for rule in rules if isinstance(rule, (GeluFromParts, LayerNormFromParts)))
+    if not _spelled_out(model) or not wanted or not is_liftable(model, _FUSION_OPSET):
+        return False
+    trial = model.fork()
+    return run_passes(trial, [LiftOpset(minimum=_FUSION_OPSET), Rewrite(rules=wanted)])[-1].changed
 
 
 def _spelled_out(model: Model) -> bool:
-    """Whether the graph may spell out GELU or layer normalization."""
+    """Whether the operators of a GELU or a layer normalization are there at all."""
     ops = {node.op_type for node in model.graph.all_nodes()}
-    return "Erf" in ops or {"Tanh", "Pow"} <= ops or {"ReduceMean", "Sqrt"} <= ops
+    if "Erf" in ops or {"Tanh", "Mul"} <= ops:
+        return True
+    return "ReduceMean" in ops and bool(ops & {"Sqrt", "Pow"})
 
 
 def apply_plan(model: Model, plan: Plan, ranges: Ranges | None = None) -> tuple[Model, list[PassRecord]]:
@@ -73,12 +86,12 @@ def apply_plan(model: Model, plan: Plan, ranges: Ranges | None = None) -> tuple[
         The quantized model (the original is untouched) and what each pass did.
     """
     forms = {item.form for item in plan.decisions}
-    passes: list[Pass] = []
+    needed = max((FORM_OPSETS[form] for form in forms), default=0)
+    passes: list[Pass] = [LiftOpset(minimum=needed)] if model.opset < needed else []
     if "static" in forms:
-        passes += [LiftOpset(minimum=QDQ_OPSET)]
-        passes += [QuantizeStatic(decisions=plan.decisions, ranges=ranges or {})]
+        passes.append(QuantizeStatic(decisions=plan.decisions, ranges=ranges or {}))
     if "dynamic" in forms:
-        passes += [LiftOpset(minimum=11), QuantizeDynamic(decisions=plan.decisions)]
+        passes.append(QuantizeDynamic(decisions=plan.decisions))
     if "weight-only" in forms:
         passes += [QuantizeTables(decisions=plan.decisions), QuantizeBlocks(decisions=plan.decisions)]
     lowered = model.fork()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
+from ..graph.cleanup import LiftOpset
 from ..graph.edit import float_attribute, int_attribute, is_constant, only_use, rank
+from ..graph.errors import ModelError
+from ..graph.model import Model
+from ..graph.passes import run_passes
 from ..targets.profile import Form
 
 COMPUTE_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
@@ -14,8 +20,14 @@ PASS_THROUGH_OPS = frozenset(
 )
 ABSORBED_OPS = frozenset({"Relu", "Clip"})
 MOVING_OPS = PASS_THROUGH_OPS | ABSORBED_OPS | {"Slice", "Pad", "Split", "Expand", "Gather"}
+CARRIED_OPS = frozenset(
+    {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
+)
 FLOAT_OUTPUT_OPS = frozenset({"MatMul"})
 """Operators whose integer kernels scale their result back to float at no cost."""
+
+FORM_OPSETS: Mapping[Form, int] = {"float": 0, "weight-only": 0, "dynamic": 11, "static": 13}
+"""The operator set that a form needs: DynamicQuantizeLinear came with 11, scales per axis with 13."""
 
 _SMALL_WEIGHT_ELEMENTS = 1024
 _SCORE_OPS = ("Add", "Softmax", "LogSoftmax", "Sigmoid", "Identity")
@@ -48,11 +60,25 @@ def output_tail(node: ir.Node) -> ir.Value:
     return reader.outputs[0]
 
 
+def has_float_output(node: ir.Node) -> bool:
+    """Whether a static node's result stays float, because its integer kernel scales back at no cost.
+
+    Not so in front of an Add where all sizes are fixed or the product is 2-D: there onnxruntime 1.31.1
+    makes a float Gemm of MatMul + Add (0.55x of the float model), unless Q/DQ stand between them.
+    """
+    if node.op_type not in FLOAT_OUTPUT_OPS:
+        return False
+    reader, shape = only_use(node.outputs[0]), None if node.inputs[0] is None else node.inputs[0].shape
+    if reader is None or reader.op_type != "Add" or shape is None:
+        return True
+    return len(shape) != 2 and not all(isinstance(size, int) for size in shape)
+
+
 def only_leaves_graph(value: ir.Value) -> bool:
-    """Whether a value ends as scores: a graph output that nothing reads, maybe behind a Softmax."""
+    """Whether a value is a graph output, or becomes one through a bias, a Softmax or the like."""
     for _ in range(4):
         if value.is_graph_output():
-            return not value.uses()
+            return True
         reader = only_use(value)
         if reader is None or reader.op_type not in _SCORE_OPS:
             return False
@@ -116,3 +142,14 @@ def _is_per_channel(node: ir.Node, bias: ir.TensorProtocol) -> bool:
         return False
     shape = tuple(int(size) for size in bias.shape.numpy())
     return bias.size == 1 or (shape[-1] == bias.size == width[channel_axis(node)])
+
+
+def is_liftable(model: Model, minimum: int) -> bool:
+    """Whether the model has at least operator set `minimum` or can be converted to it."""
+    if model.opset >= minimum:
+        return True
+    try:
+        run_passes(model.fork(), [LiftOpset(minimum=minimum)])
+    except ModelError:
+        return False
+    return True

@@ -95,5 +95,5 @@ def quantization_of(decisions: Iterable[Decision]) -> PlannedQuantization:
     forms = {item.form for item in quantized if item.op != "Gather"} or {item.form for item in quantized}
     if len(forms) > 1:
         return "mixed"
-    form = next(iter(forms), "float")
+    form: Form = next(iter(forms), "float")
     return "none" if form == "float" else form

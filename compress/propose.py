@@ -15,11 +15,14 @@ from ..graph.scheme import Scheme
 from ..targets.profile import Form, Kernel, TargetProfile
 from .cost import bind_axes, node_macs
 from .operands import (
+    CARRIED_OPS,
     COMPUTE_OPS,
     CONVOLUTIONS,
     FLOAT_OUTPUT_OPS,
+    FORM_OPSETS,
     MOVING_OPS,
     channel_axis,
+    is_liftable,
     only_leaves_graph,
     output_tail,
     unfit,
@@ -30,7 +33,6 @@ from .plan import Decision, Plan
 
 _SMALL_TABLE_BYTES = 1 << 14
 _HEAD_SHARE = 0.01
-_CARRIED_OPS = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
 _QUANTIZED_OPS = frozenset(
     {
         "ConvInteger", "DequantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeLinear",
@@ -96,6 +98,7 @@ class _Proposer:
         self.matched: set[re.Pattern[str]] = set()
         self.static_activation = _static_activation(profile)
         self.made_in_integers: set[str] = set()
+        self.liftable: dict[int, bool] = {}
         compute = [node for node in model.graph.all_nodes() if node.op_type in COMPUTE_OPS]
         self.has_convolution = any(node.op_type in CONVOLUTIONS for node in compute)
         self.total_macs = sum(self.macs(node) or 0 for node in compute)
@@ -110,7 +113,7 @@ class _Proposer:
                 decision = self.compute(node)
             elif node.op_type == "Gather":
                 decision = self.table(node)
-            elif node.op_type in _CARRIED_OPS:
+            elif node.op_type in CARRIED_OPS:
                 decision = self.carried(node)
             else:
                 continue
@@ -188,11 +191,19 @@ class _Proposer:
         problem = unfit(node, form)
         if problem is not None:
             return self.stays(node, problem)
+        if not self.is_liftable(FORM_OPSETS[form]):
+            reason = f"operator set {self.model.opset} cannot be lifted to the {FORM_OPSETS[form]} it needs"
+            return self.stays(node, reason, f"export the model with opset {FORM_OPSETS[form]} or newer")
         kernel, refusal = self.kernel_or_refusal(node.op_type, form)
         remedy = self.remedy_static(node) if form != "static" else None
         if kernel is None:
             return self.stays(node, refusal, remedy)
         return self.decision(node, form, kernel)
+
+    def is_liftable(self, opset: int) -> bool:
+        if opset not in self.liftable:
+            self.liftable[opset] = is_liftable(self.model, opset)
+        return self.liftable[opset]
 
     def kernel_or_refusal(self, op: str, form: Form) -> tuple[Kernel | None, str]:
         """The kernel that the lowering of `form` uses, if the target has it and it pays; else why not."""

@@ -3,50 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as stock
 from onnxscript.optimizer import fold_constants
 
 from .cleanup_rules import EXACT_RULES
+from .duplicates import MergeDuplicates
 from .edit import Array, Editor, is_constant, only_use, permutation, remove_dead
 from .errors import ModelError
 from .model import Model
 from .passes import Outcome, Pass
 from .rewrite import Rewrite
+from .shapes import InferShapes, kept_interface, quiet
 from .weights import MappedTensor
 
-_FOLD_INPUT_BYTES = 1 << 13
-_FOLD_OUTPUT_BYTES = 1 << 20
+_FOLD_INPUT_ELEMENTS = 1 << 13
+_FOLD_OUTPUT_ELEMENTS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RemoveUnused(Pass):
-    """Remove nodes and initializers that no output depends on."""
+    """Remove nodes, initializers and optional trailing outputs that no graph output depends on."""
 
     def run(self, model: Model) -> Outcome:
         """See `Pass.run`."""
         outcome = Outcome()
-        before = len(model.graph.initializers)
+        before = _count_initializers(model)
         outcome.count("dead-node", remove_dead(model))
-        outcome.count("unused-initializer", before - len(model.graph.initializers))
+        outcome.count("unused-initializer", before - _count_initializers(model))
+        outcome.count("unused-output", sum(_trim_outputs(node, model) for node in model.graph.all_nodes()))
         return outcome
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InferShapes(Pass):
-    """Let onnx's shape inference fill in missing types and shapes (weights are not copied)."""
+def _count_initializers(model: Model) -> int:
+    return sum(len(graph.initializers) for graph in model.all_graphs())
 
-    def run(self, model: Model) -> Outcome:
-        """See `Pass.run`."""
-        outcome = Outcome()
-        before = _known_shapes(model)
-        stock.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model.ir)
-        outcome.count("shape", max(_known_shapes(model) - before, 0))
-        return outcome
+
+def _trim_outputs(node: ir.Node, model: Model) -> int:
+    """Cut optional trailing outputs that nobody reads (a pool's indices, a dropout's mask)."""
+    size = len(node.outputs)
+    while size > 1 and not (node.outputs[size - 1].uses() or node.outputs[size - 1].is_graph_output()):
+        size -= 1
+    if size == len(node.outputs) or node.domain or not onnx.defs.has(node.op_type):
+        return 0
+    schema = onnx.defs.get_schema(node.op_type, model.opset)
+    # The number of outputs of old batch norms says whether they train; Split's is how it splits.
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    if node.op_type == "BatchNormalization" or any(
+        place >= len(schema.outputs) or schema.outputs[place].option != optional
+        for place in range(size, len(node.outputs))
+    ):
+        return 0
+    cut = len(node.outputs) - size
+    node.resize_outputs(size)
+    return cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,28 +77,29 @@ class LiftOpset(Pass):
         from onnxscript import version_converter
 
         before = model.opset
-        converter_log = logging.getLogger("onnxscript.version_converter")
-        level = converter_log.level
-        converter_log.setLevel(logging.ERROR)  # it warns that it falls back to onnx's own converter
         try:
-            version_converter.convert_version(model.ir, self.minimum, fallback=True)
-        finally:
-            converter_log.setLevel(level)
-        if model.opset < self.minimum:
-            outcome.refuse("graph", "opset", f"operator set {before} could not be lifted to {self.minimum}")
-        else:
+            with quiet("onnxscript"), kept_interface(model):
+                version_converter.convert_version(model.ir, self.minimum, fallback=True)
+        except (RuntimeError, ValueError) as error:
+            raise self._too_old(model, str(error).strip().splitlines()[0]) from error
+        if model.opset >= self.minimum:
             outcome.count("opset")
+        else:
+            outcome.refuse("graph", "opset", f"operator set {before} could not be lifted to {self.minimum}")
         return outcome
 
     def ensures(self, model: Model) -> None:
         """See `Pass.ensures`."""
         if model.opset < self.minimum:
-            raise ModelError(
-                f"the model's operator set {model.opset} is too old",
-                where=model.origin.name,
-                why=f"operator set {self.minimum} is needed and the conversion failed",
-                remedy=f"export the model with opset {self.minimum} or newer",
-            )
+            raise self._too_old(model, f"the conversion to operator set {self.minimum} failed")
+
+    def _too_old(self, model: Model, why: str) -> ModelError:
+        return ModelError(
+            f"the model's operator set {model.opset} is too old",
+            where=model.origin.name,
+            why=why,
+            remedy=f"export the model with opset {self.minimum} or newer",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +117,8 @@ class FoldWeights(Pass):
             for node in tuple(graph):
                 if node.op_type in _WEIGHT_OPS and node.domain == "" and _fold_weight(node, graph, editor):
                     outcome.count(node.op_type)
-        remove_dead(model)
+        if outcome.applied:
+            remove_dead(model)
         return outcome
 
 
@@ -122,7 +138,9 @@ def _fold_weight(node: ir.Node, graph: ir.Graph, editor: Editor) -> bool:
     if node.op_type == "Identity":
         folded = tensor
     elif node.op_type == "Transpose":
-        perm = permutation(node) or list(range(len(tensor.shape)))[::-1]
+        perm = permutation(node)
+        if perm is None or len(perm) != len(tensor.shape):
+            return False
         shape = ir.Shape([tensor.shape.numpy()[axis] for axis in perm])
         folded = _lazy(tensor, lambda array: array.transpose(perm), tensor.dtype, shape)
     else:
@@ -147,15 +165,16 @@ def _lazy(
     tensor: ir.TensorProtocol, change: Callable[[Array], Array], dtype: ir.DataType, shape: ir.Shape
 ) -> ir.TensorProtocol:
     """The changed tensor: computed now if it is in memory already, at each use if it is mapped."""
-    if not isinstance(tensor, MappedTensor):
-        return ir.tensor(np.ascontiguousarray(change(tensor.numpy())), dtype=dtype)
 
     def compute() -> ir.TensorProtocol:
-        array = np.ascontiguousarray(change(tensor.numpy()))
-        tensor.release()
-        return ir.tensor(array, dtype=dtype)
+        array = change(tensor.numpy())
+        array = np.ascontiguousarray(array) if array.ndim else array
+        if isinstance(tensor, MappedTensor):
+            tensor.release()
+        return ir.Tensor(array, dtype=dtype)
 
-    return ir.LazyTensor(compute, dtype=dtype, shape=shape)
+    lazy = isinstance(tensor, (MappedTensor, ir.LazyTensor))
+    return ir.LazyTensor(compute, dtype=dtype, shape=shape) if lazy else compute()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,12 +186,13 @@ class FoldConstants(Pass):
         outcome = Outcome()
         before = _count_nodes(model)
         hash_before = model.structure_hash()
-        fold_constants(
-            model.ir,
-            onnx_shape_inference=True,
-            input_size_limit=_FOLD_INPUT_BYTES,
-            output_size_limit=_FOLD_OUTPUT_BYTES,
-        )
+        with quiet("onnxscript"), kept_interface(model), np.errstate(all="ignore"):
+            fold_constants(
+                model.ir,
+                onnx_shape_inference=True,
+                input_size_limit=_FOLD_INPUT_ELEMENTS,
+                output_size_limit=_FOLD_OUTPUT_ELEMENTS,
+            )
         stock.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         remove_dead(model)
         if model.structure_hash() != hash_before:
@@ -180,29 +200,8 @@ class FoldConstants(Pass):
         return outcome
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeDuplicates(Pass):
-    """Remove Identity nodes, merge equal constants and equal nodes."""
-
-    def run(self, model: Model) -> Outcome:
-        """See `Pass.run`."""
-        outcome = Outcome()
-        before, hash_before = _count_nodes(model), model.structure_hash()
-        stock.IdentityEliminationPass()(model.ir)
-        stock.DeduplicateInitializersPass(size_limit=1024)(model.ir)
-        stock.CommonSubexpressionEliminationPass()(model.ir)
-        remove_dead(model)
-        if model.structure_hash() != hash_before:
-            outcome.count("merged-node", max(before - _count_nodes(model), 1))
-        return outcome
-
-
 def _count_nodes(model: Model) -> int:
     return sum(1 for _ in model.graph.all_nodes())
-
-
-def _known_shapes(model: Model) -> int:
-    return sum(value.shape is not None for node in model.graph.all_nodes() for value in node.outputs)
 
 
 def exact_cleanup() -> list[Pass]:

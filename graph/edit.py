@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +24,14 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     return node
 
 
+def operand(node: ir.Node, position: int) -> ir.Value | None:
+    """The input at `position`, or None if it is left out (old operator sets have attributes instead)."""
+    return node.inputs[position] if position < len(node.inputs) else None
+
+
 def constant(value: ir.Value | None) -> Array | None:
     """The contents of an initializer, or None if the value is computed or fed."""
-    if value is None or value.const_value is None or value.producer() is not None:
-        return None
-    if value.is_graph_input():
+    if value is None or value.const_value is None or not is_constant(value):
         return None
     return value.const_value.numpy()
 
@@ -59,7 +63,7 @@ def axes_of(node: ir.Node) -> list[int] | None:
     """The axes of Squeeze/Unsqueeze/Reduce*, as attribute (old opsets) or constant input."""
     if "axes" in node.attributes:
         return list(node.attributes["axes"].as_ints())
-    return integers(node.inputs[1]) if len(node.inputs) > 1 else None
+    return integers(operand(node, 1))
 
 
 def int_attribute(node: ir.Node, name: str, default: int) -> int:
@@ -72,15 +76,11 @@ def float_attribute(node: ir.Node, name: str, default: float) -> float:
     return node.attributes[name].as_float() if name in node.attributes else default
 
 
-def string_attribute(node: ir.Node, name: str, default: str) -> str:
-    """A string attribute or its default."""
-    return node.attributes[name].as_string() if name in node.attributes else default
-
-
 def permutation(node: ir.Node) -> list[int] | None:
-    """The permutation of a Transpose; None if it is left out and the rank is unknown."""
+    """The permutation of a Transpose; None if it is none, or left out and the rank is unknown."""
     if "perm" in node.attributes:
-        return list(node.attributes["perm"].as_ints())
+        order = list(node.attributes["perm"].as_ints())
+        return order if sorted(order) == list(range(len(order))) else None
     size = rank(node.inputs[0])
     return None if size is None else list(range(size))[::-1]
 
@@ -151,6 +151,7 @@ class Editor:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._names: set[str] = set()
+        self._numbers: dict[str, int] = {}
         for graph in model.all_graphs():
             self._names.update(graph.initializers)
             self._names.update(value.name for value in graph.inputs if value.name)
@@ -162,28 +163,24 @@ class Editor:
 
     def fresh_name(self, stem: str) -> str:
         """A name that no value or node of the model has."""
-        candidate, number = stem, 0
+        candidate = stem
         while candidate in self._names:
-            number += 1
-            candidate = f"{stem}_{number}"
+            self._numbers[stem] = self._numbers.get(stem, 0) + 1
+            candidate = f"{stem}_{self._numbers[stem]}"
         self._names.add(candidate)
         return candidate
 
     def constant(self, array: Array, stem: str, graph: ir.Graph) -> ir.Value:
         """An initializer with these contents; equal small ones are shared."""
         array = np.ascontiguousarray(array) if array.ndim else array
-        key = (
-            id(graph),
-            array.dtype.str,
-            array.tobytes() if array.nbytes <= _SHARED_CONSTANT_BYTES else b"",
-            array.shape,
-        )
-        if array.nbytes <= _SHARED_CONSTANT_BYTES and key in self._small:
-            return self._small[key]
-        value = self.tensor(ir.tensor(array), stem, graph)
-        if array.nbytes <= _SHARED_CONSTANT_BYTES:
-            self._small[key] = value
-        return value
+        if array.nbytes > _SHARED_CONSTANT_BYTES:
+            return self.tensor(ir.tensor(array), stem, graph)
+        key = (id(graph), array.dtype.name, array.tobytes(), array.shape)
+        known = self._small.get(key)
+        # A constant that lost its readers may have been removed from the graph in between.
+        if known is None or graph.initializers.get(known.name or "") is not known:
+            known = self._small[key] = self.tensor(ir.tensor(array), stem, graph)
+        return known
 
     def tensor(self, tensor: ir.TensorProtocol, stem: str, graph: ir.Graph) -> ir.Value:
         """An initializer with this tensor (which may be lazy)."""
@@ -235,7 +232,7 @@ class Editor:
         first = node.outputs[0]
         if like is not None:
             first.shape = None if like.shape is None else like.shape.copy()
-            first.type = like.type
+            first.type = copy.copy(like.type)
         if dtype is not None:
             first.type = ir.TensorType(dtype)
         if shape is not None:
@@ -279,11 +276,15 @@ class Editor:
         ).outputs[0]
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Let every reader of `old`, the graph's outputs included, read `new`; output names stay."""
+        """Let every reader of `old`, the graph's outputs included, read `new`; output names stay.
+
+        Where `new` cannot become the output itself (an input, a weight, another output, a value of
+        an outer graph), an Identity makes the output from it.
+        """
         if new.shape is None and old.shape is not None:
             new.shape = old.shape.copy()
         if new.type is None:
-            new.type = old.type
+            new.type = copy.copy(old.type)
         if not old.is_graph_output():
             ir.convenience.replace_all_uses_with(old, new)
             return
@@ -296,18 +297,52 @@ class Editor:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         old.name = self.fresh_name(f"{name}/before")
         new.name = name
-        if old.shape is not None:
-            new.shape = old.shape.copy()
-        new.type = old.type
+        new.shape = None if old.shape is None else old.shape.copy()
+        new.type = copy.copy(old.type)
 
 
 def remove_dead(model: Model) -> int:
-    """Remove nodes and initializers that no output depends on; returns how many nodes went."""
-    before = sum(1 for _ in model.graph.all_nodes())
-    ir.passes.common.RemoveUnusedNodesPass()(model.ir)
-    return before - sum(1 for _ in model.graph.all_nodes())
+    """Remove nodes and initializers that no output depends on; returns how many nodes went.
+
+    Bodies of If, Loop and Scan are swept too. (onnx_ir's own pass leaves a removed node's body
+    attached to the values it captures, and resizes outputs on the way.)
+    """
+    removed = _remove_dead_nodes(model.graph)
+    for graph in model.all_graphs():
+        for name, value in tuple(graph.initializers.items()):
+            if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+                del graph.initializers[name]
+    return removed
 
 
-def describe(values: Iterable[ir.Value | None]) -> str:
-    """Short names of values for a reason's text."""
-    return ", ".join("-" if value is None else str(value.name) for value in values)
+def _remove_dead_nodes(graph: ir.Graph) -> int:
+    removed = 0
+    for node in reversed(graph):
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            removed += sum(_remove_dead_nodes(body) for body in bodies(node))
+        else:
+            _detach_bodies(node)
+            graph.remove(node, safe=True)
+            removed += 1
+    return removed
+
+
+def bodies(node: ir.Node) -> list[ir.Graph]:
+    """The subgraphs of an If, Loop or Scan node."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found.extend(attribute.as_graphs())
+    return found
+
+
+def _detach_bodies(node: ir.Node) -> None:
+    """Let the nodes inside forget what they read, so that it no longer counts as used."""
+    for body in bodies(node):
+        body.outputs.clear()
+        for inner in body:
+            _detach_bodies(inner)
+            for place in range(len(inner.inputs)):
+                inner.replace_input_with(place, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -12,10 +13,14 @@ import onnx_ir as ir
 from .passes import PassRecord
 
 _DIGEST_KEY = "edgepress.sha256"
+_IDENTITY_KEY = "edgepress.identity"
+_IDENTITIES = itertools.count()
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One graph input or output: name, NumPy type name ("float32"), and shape.
+
+    What is no tensor has its type in words ("sequence(float32)").
 
     A dimension is an int, the name of a dynamic axis, or None where nothing is known; `shape` is
     None where not even the rank is known.
@@ -115,7 +120,7 @@ class Model:
         Cheap (reads no weight data); differs as soon as any pass changes the graph. Valid within
         this process only: compare, never store.
         """
-        return self._hash(lambda tensor: str(id(tensor)))
+        return self._hash(_identity)
 
     def fingerprint(self) -> str:
         """SHA-256 over structure and the contents of all weights: the same in every process."""
@@ -135,8 +140,8 @@ def tensor_digest(tensor: ir.TensorProtocol) -> str:
     digest = hashlib.sha256(f"{tensor.dtype.name}{list(tensor.shape)}".encode())
     if tensor.dtype == ir.DataType.STRING:
         for item in tensor.numpy().ravel():
-            digest.update(item if isinstance(item, bytes) else str(item).encode())
-            digest.update(b"\0")
+            text = item if isinstance(item, bytes) else str(item).encode()
+            digest.update(len(text).to_bytes(8, "little") + text)
     else:
         digest.update(tensor.tobytes())
     result = digest.hexdigest()
@@ -144,10 +149,24 @@ def tensor_digest(tensor: ir.TensorProtocol) -> str:
     return result
 
 
+def _identity(tensor: ir.TensorProtocol) -> str:
+    """A number of the tensor object; unlike id() it is not given out again when the object has gone."""
+    return str(tensor.meta.setdefault(_IDENTITY_KEY, next(_IDENTITIES)))
+
+
 def _spec(value: ir.Value) -> TensorSpec:
     shape = None if value.shape is None else tuple(_dimension(dim) for dim in value.shape)
-    dtype = "unknown" if value.dtype is None else type_name(value.dtype)
-    return TensorSpec(name=value.name or "", dtype=dtype, shape=shape)
+    return TensorSpec(name=value.name or "", dtype=_type_text(value.type), shape=shape)
+
+
+def _type_text(kind: ir.TypeProtocol | None) -> str:
+    if kind is None:
+        return "unknown"
+    if isinstance(kind, ir.TensorType):
+        return type_name(kind.dtype)
+    name = type(kind).__name__.removesuffix("Type").removesuffix("Tensor").lower()
+    inner = kind.elem_type
+    return f"{name}({_type_text(inner) if not isinstance(inner, ir.DataType) else type_name(inner)})"
 
 
 def type_name(dtype: ir.DataType) -> str:
@@ -185,6 +204,7 @@ def _hash_graph(graph: ir.Graph, digest: hashlib._Hash, identify: Callable[[ir.T
         )
         for name in sorted(node.attributes):
             _hash_attribute(name, node.attributes[name], digest, identify)
+    feed("end")
 
 
 def _hash_attribute(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -113,11 +113,15 @@ def run_passes(model: Model, passes: Iterable[Pass]) -> list[PassRecord]:
 
 
 def _plain(value: object) -> object:
-    """A value as it can stand in JSON: containers sorted, other objects by their name."""
+    """A value as it can stand in JSON: sets sorted, rules and other objects by their name."""
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
+    if isinstance(getattr(value, "name", None), str):  # before tuple: rules are named tuples
+        return value.name  # type: ignore[attr-defined]
     if isinstance(value, (frozenset, set)):
         return sorted(str(_plain(item)) for item in value)
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    return getattr(value, "name", None) or type(value).__name__
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return type(value).__name__

@@ -59,7 +59,9 @@ class Rewrite(Pass):
         index = _index(self.rules)
         for _ in range(_SWEEPS):
             refusals: dict[tuple[str, str], str] = {}
-            fired = sum(_sweep(graph, index, editor, outcome, refusals) for graph in model.all_graphs())
+            fired = sum(
+                _sweep(graph, index, editor, outcome, refusals) for graph in tuple(model.all_graphs())
+            )
             if not fired:
                 break
             remove_dead(model)

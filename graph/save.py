@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
 
-from .load import drop_metadata
+from .checks import graphs_of
+from .metadata import strip_metadata
 from .model import Model
 
 INLINE_LIMIT_BYTES = 1 << 30
 _EXTERNAL_TENSOR_BYTES = 1024
+_ALIGNMENT_BYTES = 64
 _PRODUCER = "edgepress"
 
 
 def to_bytes(model: Model, *, with_shapes: bool = True) -> bytes:
     """The model with all weights as one ONNX protobuf (for models below 2 GB)."""
-    drop_metadata(model.ir)
     return _finished(ir.to_proto(model.ir), with_shapes)
 
 
@@ -31,7 +35,8 @@ def save_model(
     """Write `path`, and `path`.data beside it when the weights exceed the threshold.
 
     Weights are streamed tensor by tensor into the data file, so that memory stays bounded by the
-    largest tensor. A mapped source file is never written over: choose another folder.
+    largest tensor. Each file is written beside its place and moved there once it is whole: the file
+    that weights are mapped from may be replaced so, and a failure leaves the old files as they were.
 
     Args:
         model: what to write.
@@ -48,27 +53,78 @@ def save_model(
         OSError: as the file system reports it (no space, not writable).
     """
     if model.weight_bytes <= external_threshold_bytes:
-        path.write_bytes(to_bytes(model, with_shapes=with_shapes))
+        data = to_bytes(model, with_shapes=with_shapes)
+        with _moved_into_place(path) as file:
+            file.write(data)
         return [path]
-    drop_metadata(model.ir)
-    data_name = f"{path.name}.data"
-    ir.save(
-        model.ir,
-        path,
-        external_data=data_name,
-        size_threshold_bytes=_EXTERNAL_TENSOR_BYTES,
-        max_workers=1,
-        max_in_flight_bytes=1 << 26,
-    )
-    path.write_bytes(_finished(onnx.load(path, load_external_data=False), with_shapes))
-    return [path, path.parent / data_name]
+    data_path = path.with_name(f"{path.name}.data")
+    # Both are written before either is moved, so that the two always belong together.
+    with _moved_into_place(path) as file, _moved_into_place(data_path) as data_file:
+        file.write(_finished(_with_external_data(model, data_file, data_path.name), with_shapes))
+        file.flush()
+        data_file.flush()
+    return [path, data_path]
+
+
+@contextlib.contextmanager
+def _moved_into_place(path: Path) -> Iterator[BinaryIO]:
+    """An open file that takes the name `path` when it is complete, and vanishes on failure."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _with_external_data(model: Model, file: BinaryIO, location: str) -> onnx.ModelProto:
+    """The model's protobuf; every larger tensor is written to `file` and referred to there."""
+    kept: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    places: dict[int, int] = {}
+    try:
+        for graph in model.all_graphs():
+            for name, value in graph.initializers.items():
+                tensor = value.const_value
+                if tensor is None or tensor.dtype == ir.DataType.STRING:
+                    continue
+                if tensor.nbytes < _EXTERNAL_TENSOR_BYTES:
+                    continue
+                if id(tensor) not in places:
+                    places[id(tensor)] = _append(tensor, file)
+                kept.append((value, tensor))
+                value.const_value = ir.ExternalTensor(
+                    location,
+                    places[id(tensor)],
+                    tensor.nbytes,
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=name,
+                )
+        return ir.to_proto(model.ir)
+    finally:
+        for value, tensor in kept:
+            value.const_value = tensor
+
+
+def _append(tensor: ir.TensorProtocol, file: BinaryIO) -> int:
+    """Write a tensor's bytes at the next aligned place; returns the offset."""
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT_BYTES))
+    offset = file.tell()
+    if hasattr(tensor, "tofile"):
+        tensor.tofile(file)
+    else:
+        file.write(tensor.tobytes())
+    return offset
 
 
 def _finished(proto: onnx.ModelProto, with_shapes: bool) -> bytes:
     """Sign the model as ours and serialise it."""
+    strip_metadata(proto)
     proto.producer_name = _PRODUCER
     proto.ClearField("producer_version")
     if not with_shapes:
-        del proto.graph.value_info[:]
+        for graph in graphs_of(proto.graph):
+            del graph.value_info[:]
     data: bytes = proto.SerializeToString(deterministic=True)
     return data

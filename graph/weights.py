@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,26 +20,49 @@ _COPY_CHUNK_BYTES = 1 << 22
 class SharedMap:
     """A read-only map of one whole file, shared by all tensors stored in it.
 
-    The descriptor is closed at once (the map keeps the file alive), so that a model of thousands
-    of tensors needs no open file per tensor.
+    Python keeps one descriptor per map. Of a model with very many data files (old exporters write
+    one per tensor) none is kept open: each is mapped again while it is read, and must still be
+    the file that it was.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, keep_open: bool = True) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._identity = _identity(path.stat())
+        self._kept: mmap.mmap | None = None
+        if keep_open:
+            self._kept = self._open()
+
+    def _open(self) -> mmap.mmap:
+        try:
+            with self.path.open("rb") as file:
+                if _identity(os.fstat(file.fileno())) == self._identity:
+                    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            why = "it was replaced or written to after the model was loaded"
+        except OSError as error:
+            why = error.strerror or str(error)
+        raise ModelError(
+            "a data file changed while it was in use",
+            where=self.path.name,
+            why=why,
+            remedy="start again, and leave the model's files alone meanwhile",
+        )
 
     def __len__(self) -> int:
-        return len(self._map)
+        return self._identity[0]
 
     def view(self, offset_bytes: int, length_bytes: int) -> memoryview:
         """A read-only window on the mapped bytes."""
-        return memoryview(self._map)[offset_bytes : offset_bytes + length_bytes]
+        mapped = self._kept if self._kept is not None else self._open()
+        return memoryview(mapped)[offset_bytes : offset_bytes + length_bytes]
 
     def give_back(self) -> None:
         """Tell the system that the pages read so far are not needed any more."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if self._kept is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._kept.madvise(mmap.MADV_DONTNEED)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 class MappedTensor(ir.TensorProtocol):
@@ -85,8 +109,8 @@ class MappedTensor(ir.TensorProtocol):
             return array.copy() if copy else array
         return array.astype(dtype)  # type: ignore[call-overload, no-any-return]
 
-    def __dlpack__(self, *, stream: object = None) -> object:
-        return self.__array__(self.dtype.numpy()).__dlpack__()  # type: ignore[misc]
+    def __dlpack__(self, **options: Any) -> object:
+        return np.array(self.numpy()).__dlpack__(**options)  # a copy: the map is read-only
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 1, 0  # kDLCPU
@@ -117,16 +141,21 @@ class MappedTensor(ir.TensorProtocol):
         return f"MappedTensor({self.name!r}, {self.dtype.name}, {list(self.shape.numpy())})"
 
 
-def confine(folder: Path, location: str, *, tensor: str) -> Path:
-    """The file of an external tensor, proved to lie inside `folder`.
+def is_file(path: Path) -> bool:
+    """Whether a regular file (or a link to one) is there; a name too long for the system is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
-    `folder` is resolved first: hub caches keep a model as links to blobs, so both the folder
-    that is named and the one that the model file's link leads to are given by the caller.
+
+def confine(folder: Path, location: str, *, tensor: str) -> Path:
+    """The file of an external tensor, whose name does not lead out of `folder` (see `require_inside`).
 
     Raises:
         ModelError: if the location is absolute, climbs out of the folder, or is no regular file.
     """
-    where = f"tensor {tensor!r}, location {location!r}"
+    where = f"tensor {tensor!r}, location {location[:200]!r}"
     if not location or "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
         raise ModelError(
             "external data points outside the model's folder",
@@ -135,11 +164,11 @@ def confine(folder: Path, location: str, *, tensor: str) -> Path:
             remedy="re-export the model with its data file beside it; do not trust this file otherwise",
         )
     path = folder / location
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(
             "external data file is missing",
             where=where,
-            why=f"{path.name} is not beside the model file",
+            why=f"{path.name[:80]} is not beside the model file",
             remedy="copy the data file (often model.onnx.data) next to the .onnx file",
         )
     return path

@@ -40,7 +40,7 @@ class GeluFromParts(NamedTuple):
         result = node.outputs[0]
         if argument.dtype != ir.DataType.FLOAT:
             return Refused("x is not known to be float32")
-        if rank(result) != rank(argument):
+        if None not in (rank(result), rank(argument)) and rank(result) != rank(argument):
             return Refused("a constant gives the result more axes than x")
         if editor.model.opset < _GELU_OPSET:
             return Refused(f"Gelu needs operator set {_GELU_OPSET}, the model has {editor.model.opset}")

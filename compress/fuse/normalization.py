@@ -14,11 +14,11 @@ from ...graph.edit import (
     only_use,
     producer,
     rank,
-    scalar,
     split_constant,
     static_dim,
 )
 from ...graph.rewrite import Refused, Verdict
+from .polynomial import number
 
 _LAYER_NORM_OPSET = 17
 
@@ -42,8 +42,6 @@ class LayerNormFromParts(NamedTuple):
         source, epsilon = parts
         if source.dtype != ir.DataType.FLOAT:
             return Refused("x is not known to be float32")
-        if rank(node.outputs[0]) != rank(source):
-            return Refused("a constant gives the result more axes than x")
         if editor.model.opset < _LAYER_NORM_OPSET:
             return Refused(
                 f"LayerNormalization needs operator set {_LAYER_NORM_OPSET}, "
@@ -82,7 +80,7 @@ def _normalized(node: ir.Node) -> tuple[ir.Value, float] | None:
         pair = split_constant(biased) if biased is not None else None
         if difference is None or pair is None or centred is None:
             continue
-        source, epsilon = difference.inputs[0], scalar(pair[1])
+        source, epsilon = difference.inputs[0], number(pair[1])
         if source is None or _last_axis_mean(difference.inputs[1]) is not source or epsilon is None:
             continue
         if _is_square_of(_last_axis_mean(pair[0]), centred):
@@ -103,7 +101,7 @@ def _quotients(node: ir.Node) -> list[tuple[ir.Value | None, ir.Value]]:
 def _under_root(value: ir.Value | None) -> ir.Value | None:
     """b if `value` is sqrt(b)."""
     node = producer(value, "Sqrt", "Pow")
-    if node is None or (node.op_type == "Pow" and scalar(node.inputs[1]) != 0.5):
+    if node is None or (node.op_type == "Pow" and number(node.inputs[1]) != 0.5):
         return None
     return node.inputs[0]
 
@@ -114,8 +112,8 @@ def _under_inverse_root(value: ir.Value | None) -> ir.Value | None:
     if node is None:
         return None
     if node.op_type == "Pow":
-        return node.inputs[0] if scalar(node.inputs[1]) == -0.5 else None
-    if node.op_type == "Div" and scalar(node.inputs[0]) != 1.0:
+        return node.inputs[0] if number(node.inputs[1]) == -0.5 else None
+    if node.op_type == "Div" and number(node.inputs[0]) != 1.0:
         return None
     return _under_root(node.inputs[-1])
 
@@ -135,7 +133,7 @@ def _is_square_of(value: ir.Value | None, base: ir.Value) -> bool:
     node = producer(value, "Pow", "Mul")
     if node is None or node.inputs[0] is not base:
         return False
-    return scalar(node.inputs[1]) == 2.0 if node.op_type == "Pow" else node.inputs[1] is base
+    return number(node.inputs[1]) == 2.0 if node.op_type == "Pow" else node.inputs[1] is base
 
 
 def _affine_reader(node: ir.Node, op_type: str) -> tuple[ir.Node, ir.Value] | None:

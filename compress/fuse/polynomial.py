@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ...graph.edit import only_use, producer, scalar
+from ...graph.edit import only_use, producer, rank, scalar
 
 Monomial = tuple[tuple[int, int], ...]
 """Sorted (leaf index, power) pairs; () is the constant term."""
@@ -12,6 +12,11 @@ Polynomial = dict[Monomial, float]
 
 _TERMS_LIMIT = 16
 _POWERS = (1.0, 2.0, 3.0, 4.0)
+
+
+def number(value: ir.Value | None) -> float | None:
+    """The number in a constant that gives no operand more axes (rank 0 or 1), or None."""
+    return scalar(value) if (rank(value) or 0) <= 1 else None
 
 
 class Expansion:
@@ -31,9 +36,9 @@ class Expansion:
         """The polynomial of `value`, or None when it has too many terms."""
         if value is None:
             return None
-        number = scalar(value)
-        if number is not None:
-            return {(): number}
+        constant = number(value)
+        if constant is not None:
+            return {(): constant}
         node = producer(value, "Add", "Sub", "Mul", "Div", "Neg", "Pow")
         opaque = node is None or value is self._stop_at or depth == 0
         if opaque or not (root or self._shared or only_use(value) is not None):
@@ -69,15 +74,15 @@ def _combine(op_type: str, parts: list[Polynomial | None]) -> Polynomial | None:
         return total
     if op_type == "Mul":
         return _times(first, second)
-    number = second.get(()) if set(second) == {()} else None
-    if number is None:
+    operand = second.get(()) if set(second) == {()} else None
+    if operand is None:
         return None
     if op_type == "Div":
-        return {key: factor / number for key, factor in first.items()} if number else None
-    if number not in _POWERS:
+        return {key: factor / operand for key, factor in first.items()} if operand else None
+    if operand not in _POWERS:
         return None
     result: Polynomial = {(): 1.0}
-    for _ in range(int(number)):
+    for _ in range(int(operand)):
         result = _times(result, first)
     return result
 

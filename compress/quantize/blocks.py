@@ -13,6 +13,7 @@ from ...graph.errors import InternalError
 from ...graph.model import Model
 from ...graph.passes import Outcome, Pass
 from ..plan import Decision
+from .weights import require_finite
 
 BLOCK_SIZE = 128
 _MIDDLE = 128
@@ -40,7 +41,8 @@ def quantize_blocks(
     padded[:, :depth] = weight.T
     grouped = padded.reshape(width, blocks, block_size)
     largest = np.abs(grouped).max(axis=2)
-    scales = np.where(largest > 0, largest / 127.0, 1.0).astype(np.float32)
+    tiny = np.finfo(np.float32).tiny
+    scales = np.where(largest > 127.0 * tiny, largest / 127.0, 1.0).astype(np.float32)
     steps = np.rint(grouped / scales[:, :, None])
     return (np.clip(steps, -127, 127) + _MIDDLE).astype(np.uint8), scales
 
@@ -56,40 +58,46 @@ class QuantizeBlocks(Pass):
         outcome = Outcome()
         editor = Editor(model)
         planned = {item.node for item in self.decisions if item.form == "weight-only" and item.op == "MatMul"}
+        stored: dict[int, tuple[ir.Value, ir.Value]] = {}
         for graph in model.all_graphs():
             for node in tuple(graph):
-                if node.name not in planned:
-                    continue
-                data, weight = node.inputs[0], node.inputs[1]
-                if data is None or weight is None or weight.const_value is None:
-                    raise InternalError("a planned node has no constant weight", where=node.name)
-                _to_blocks(node, data, weight, graph, editor)
-                outcome.count("MatMul-blocks")
+                if node.name in planned:
+                    _to_blocks(node, graph, editor, stored)
+                    outcome.count("MatMul-blocks")
         remove_dead(model)
         return outcome
 
 
-def _to_blocks(node: ir.Node, data: ir.Value, weight: ir.Value, graph: ir.Graph, editor: Editor) -> None:
-    assert weight.const_value is not None
-    values = np.asarray(weight.const_value.numpy(), np.float32)
-    integers, scales = quantize_blocks(values, BLOCK_SIZE)
-    stem = weight.name or "weight"
-    stored = editor.tensor(ir.tensor(integers), f"{stem}.blocks", graph)
-    unit = editor.tensor(ir.tensor(scales.reshape(-1)), f"{stem}.blocks.scale", graph)
+def _to_blocks(
+    node: ir.Node, graph: ir.Graph, editor: Editor, stored: dict[int, tuple[ir.Value, ir.Value]]
+) -> None:
+    data, weight, result = node.inputs[0], node.inputs[1], node.outputs[0]
+    if data is None or weight is None or weight.const_value is None:
+        raise InternalError("a planned node has no constant weight", where=node.name)
+    if id(weight) not in stored:
+        values = np.asarray(weight.const_value.numpy(), np.float32)
+        require_finite(values, weight.name)
+        integers, scales = quantize_blocks(values, BLOCK_SIZE)
+        stem, owner = weight.name or "weight", weight.graph if isinstance(weight.graph, ir.Graph) else graph
+        stored[id(weight)] = (
+            editor.tensor(ir.tensor(integers), f"{stem}.blocks", owner),
+            editor.tensor(ir.tensor(scales.reshape(-1)), f"{stem}.blocks.scale", owner),
+        )
+    depth, width = weight.const_value.shape.numpy()
     attributes = {
-        "K": values.shape[0],
-        "N": values.shape[1],
+        "K": int(depth),
+        "N": int(width),
         "bits": 8,
         "block_size": BLOCK_SIZE,
         "accuracy_level": _COMPUTE_IN_INT8,
     }
-    result = editor.value(
+    product = editor.value(
         "MatMulNBits",
-        [data, stored, unit],
+        [data, *stored[id(weight)]],
         attributes,
         before=node,
-        stem=node.outputs[0].name or "product",
-        like=node.outputs[0],
+        stem=result.name or "product",
+        like=result,
         domain="com.microsoft",
     )
-    editor.replace(node.outputs[0], result)
+    editor.replace(result, product)

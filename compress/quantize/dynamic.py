@@ -48,7 +48,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self.activations: dict[tuple[int, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
-        self.weights: dict[tuple[int, int, Scheme], tuple[ir.Value, ir.Value]] = {}
+        self.weights: dict[tuple[int, Scheme], tuple[ir.Value, ir.Value]] = {}
 
     def activation(
         self, value: ir.Value, node: ir.Node, graph: ir.Graph, editor: Editor
@@ -71,15 +71,15 @@ class _Shared:
         self, value: ir.Value, scheme: Scheme, graph: ir.Graph, editor: Editor
     ) -> tuple[ir.Value, ir.Value]:
         """(integers, scales) of a weight, stored once however many nodes read it."""
-        key = (id(graph), id(value), scheme)
+        key = (id(value), scheme)
         if key not in self.weights:
             if value.const_value is None:
                 raise InternalError("a planned node has no constant weight", where=value.name)
             integers, scale = quantize_weight(value.const_value, scheme)
-            stem = value.name or "weight"
+            stem, owner = value.name or "weight", value.graph if isinstance(value.graph, ir.Graph) else graph
             self.weights[key] = (
-                editor.tensor(integers, f"{stem}.int8", graph),
-                editor.constant(scale, f"{stem}.scale", graph),
+                editor.tensor(integers, f"{stem}.int8", owner),
+                editor.constant(scale, f"{stem}.scale", owner),
             )
         return self.weights[key]
 
@@ -130,7 +130,7 @@ class QuantizeTables(Pass):
         planned = {
             item.node: item for item in self.decisions if item.form == "weight-only" and item.op == "Gather"
         }
-        stored: dict[str, tuple[ir.Value, ir.Value]] = {}
+        stored: dict[int, tuple[ir.Value, ir.Value]] = {}
         for graph in model.all_graphs():
             for node in tuple(graph):
                 decision = planned.get(node.name or "")
@@ -146,20 +146,20 @@ def _to_table(
     decision: Decision,
     graph: ir.Graph,
     editor: Editor,
-    stored: dict[str, tuple[ir.Value, ir.Value]],
+    stored: dict[int, tuple[ir.Value, ir.Value]],
 ) -> None:
     table, rows = node.inputs[0], node.inputs[1]
     if table is None or table.const_value is None or decision.weight_scheme is None:
         raise InternalError("a planned table is not constant", where=decision.node)
-    name = table.name or "table"
-    if name not in stored:
+    if id(table) not in stored:
+        name = table.name or "table"
         integers, scale = quantize_weight(table.const_value, decision.weight_scheme)
         owner = table.graph if isinstance(table.graph, ir.Graph) else graph
-        stored[name] = (
+        stored[id(table)] = (
             editor.tensor(integers, f"{name}.int8", owner),
             editor.constant(np.ascontiguousarray(scale[:, None]), f"{name}.scale", owner),
         )
-    integers_value, scale_value = stored[name]
+    integers_value, scale_value = stored[id(table)]
     result = node.outputs[0]
     picked = editor.value(
         "Gather",

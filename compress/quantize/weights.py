@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ...graph.errors import ModelError
 from ...graph.scheme import FloatArray, IntArray, Scheme, affine_parameters, quantize
 from ...graph.weights import MappedTensor
 
@@ -48,13 +49,19 @@ def quantize_weight(tensor: ir.TensorProtocol, scheme: Scheme) -> QuantizedWeigh
     Args:
         tensor: float weight.
         scheme: symmetric int8 scheme.
+
+    Raises:
+        ModelError: if a weight is infinite or NaN.
     """
 
     def source() -> FloatArray:
         return np.asarray(tensor.numpy(), np.float32)
 
     shape = ir.Shape(tensor.shape.numpy())
-    scale = weight_scale(source(), scheme)
+    values = source()
+    require_finite(values, tensor.name)
+    scale = weight_scale(values, scheme)
+    del values
     dtype = ir.DataType.INT8 if scheme.dtype == "int8" else ir.DataType.UINT8
     if not isinstance(tensor, (MappedTensor, ir.LazyTensor)):
         integers = np.ascontiguousarray(weight_integers(source(), scale, scheme))
@@ -69,3 +76,18 @@ def quantize_weight(tensor: ir.TensorProtocol, scheme: Scheme) -> QuantizedWeigh
     if isinstance(tensor, MappedTensor):
         tensor.release()
     return QuantizedWeight(ir.LazyTensor(compute, dtype=dtype, shape=shape), scale)
+
+
+def require_finite(weight: FloatArray, name: str | None) -> None:
+    """Refuse a weight (any shape) that no scale can hold.
+
+    Raises:
+        ModelError: if a value is infinite or NaN.
+    """
+    if not np.isfinite(weight).all():
+        raise ModelError(
+            "a weight holds infinite values and cannot be quantized",
+            where=f"initializer {name!r}",
+            why="training diverged, or the value is meant as a mask",
+            remedy=f"keep it in float: --keep-float '{name}'",
+        )

@@ -1,0 +1,106 @@
+"""Types and shapes of all values, by onnx's own inference, without copying a weight."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+
+from .model import Model
+from .passes import Outcome, Pass
+
+# Larger weights stand in the skeleton as inputs; smaller ones may be shapes, axes, sizes.
+_SKELETON_TENSOR_BYTES = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferShapes(Pass):
+    """Let onnx's shape inference fill in missing types and shapes of the values in between."""
+
+    def run(self, model: Model) -> Outcome:
+        """See `Pass.run`."""
+        outcome = Outcome()
+        try:
+            inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+            outcome.refuse("graph", "shapes", str(error).strip().splitlines()[0])
+            return outcome
+        with kept_interface(model):
+            pairs = zip(model.all_graphs(), _graphs_of(ir.from_proto(inferred).graph), strict=True)
+            outcome.count("shape", sum(_adopt(own, found) for own, found in tuple(pairs)))
+        return outcome
+
+
+@contextlib.contextmanager
+def kept_interface(model: Model) -> Iterator[None]:
+    """Restore the types and shapes of the graph's inputs and outputs after a stock pass.
+
+    onnx's and onnxscript's passes write what they infer over what the model declares.
+    """
+    before = [(value.type, value.shape) for value in (*model.graph.inputs, *model.graph.outputs)]
+    yield
+    after = (*model.graph.inputs, *model.graph.outputs)
+    for value, (kind, shape) in zip(after, before, strict=True):
+        value.type, value.shape = kind, shape
+
+
+@contextlib.contextmanager
+def quiet(logger_name: str) -> Iterator[None]:
+    """Keep a library's warnings off the user's screen; what matters is reported by the pass."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _skeleton(model: Model) -> onnx.ModelProto:
+    """The model as a protobuf in which large weights are inputs of the same type and shape."""
+    proto = onnx.ModelProto(ir_version=model.ir.ir_version)
+    for domain, version in model.graph.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    graph = proto.graph
+    graph.name = "skeleton"
+    for value in model.graph.inputs:
+        ir.serde.serialize_value_into(graph.input.add(), value)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SKELETON_TENSOR_BYTES:
+            if tensor is not None:
+                tensor.name = name
+                ir.serde.serialize_tensor_into(graph.initializer.add(), tensor)
+        else:
+            dims = tensor.shape.numpy()
+            graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), dims))
+    for node in model.graph:
+        ir.serde.serialize_node_into(graph.node.add(), node)
+        for value in node.outputs:
+            if value.name and value.type is not None and not value.is_graph_output():
+                ir.serde.serialize_value_into(graph.value_info.add(), value)
+    for value in model.graph.outputs:
+        ir.serde.serialize_value_into(graph.output.add(), value)
+    return proto
+
+
+def _graphs_of(graph: ir.Graph) -> Iterator[ir.Graph]:
+    yield graph
+    yield from graph.subgraphs()
+
+
+def _adopt(own: ir.Graph, found: ir.Graph) -> int:
+    """Copy types and shapes from an equal graph; returns how many shapes are new."""
+    new = 0
+    for node, twin in zip(own, found, strict=True):
+        for value, known in zip(node.outputs, twin.outputs, strict=True):
+            if known.shape is not None and value.shape != known.shape:
+                value.shape = known.shape
+                new += 1
+            if value.type is None:
+                value.type = known.type
+    return new

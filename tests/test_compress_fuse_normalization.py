@@ -1,0 +1,162 @@
+"""LayerNormFromParts: the ways of writing the quotient, and what only looks like it."""
+
+import compress_case as case
+import numpy as np
+import pytest
+from edgepress.compress.fuse.normalization import LayerNormFromParts
+
+NUMBERS = {
+    "eps": np.float32(1e-5),
+    "one": np.float32(1.0),
+    "two": np.float32(2.0),
+    "half": np.float32(0.5),
+    "minus_half": np.float32(-0.5),
+    "gain": case.random(1, 8),
+    "shift": case.random(2, 8),
+    "axis": np.array([-1], np.int64),
+}
+FEEDS = [{"x": case.random(3, 1, 4, 8)}, {"x": case.random(4, 3, 2, 8, scale=5.0)}]
+
+SQUARES = {"pow": "q = Pow(d, two)", "product": "q = Mul(d, d)"}
+QUOTIENTS = {
+    "div": "s = Sqrt(b) n = Div(d, s)",
+    "div-pow": "s = Pow(b, half) n = Div(d, s)",
+    "reciprocal": "s = Sqrt(b) r = Reciprocal(s) n = Mul(d, r)",
+    "reciprocal-left": "s = Sqrt(b) r = Reciprocal(s) n = Mul(r, d)",
+    "one-over": "s = Sqrt(b) r = Div(one, s) n = Mul(d, r)",
+    "pow": "r = Pow(b, minus_half) n = Mul(d, r)",
+}
+AFFINE = {
+    "both": "m = Mul(n, gain) y = Add(m, shift)",
+    "both-left": "m = Mul(gain, n) y = Add(shift, m)",
+    "gain-only": "y = Mul(n, gain)",
+}
+
+
+def norm(
+    square="pow",
+    quotient="div",
+    affine="both",
+    opset=18,
+    variance="v = ReduceMean(q, axis)",
+    mean="u = ReduceMean(x, axis)",
+    biased="b = Add(v, eps)",
+    weights=None,
+):
+    body = f"{mean} d = Sub(x, u) {SQUARES[square]} {variance} {biased}"
+    body += f" {QUOTIENTS[quotient]} {AFFINE.get(affine, affine)}"
+    text = f"(float[B,S,8] x) => (float[B,S,8] y) {{ {body} }}"
+    return case.parse(text, NUMBERS | (weights or {}), opset)
+
+
+@pytest.mark.parametrize("square", SQUARES)
+@pytest.mark.parametrize("quotient", QUOTIENTS)
+@pytest.mark.parametrize("affine", AFFINE)
+def test_every_spelling(square, quotient, affine):
+    changed = case.assert_rewritten(norm(square, quotient, affine), LayerNormFromParts(), FEEDS)
+    node = case.node_of(changed, "LayerNormalization")
+    assert case.operators(changed) == {"LayerNormalization": 1}
+    assert len(node.inputs) == (2 if affine == "gain-only" else 3)
+    assert node.attributes["epsilon"].as_float() == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("axes", ["-1", "2"])
+def test_axes_as_an_attribute(axes):
+    reduced = f"v = ReduceMean <axes = [{axes}]> (q)"
+    model = norm(mean=f"u = ReduceMean <axes = [{axes}]> (x)", variance=reduced, opset=17)
+    case.assert_rewritten(model, LayerNormFromParts(), FEEDS)
+
+
+def test_an_add_behind_that_is_no_shift_stays():
+    text = "m = Mul(n, gain) y = Add(m, x)"
+    changed = case.assert_rewritten(norm(affine=text), LayerNormFromParts(), FEEDS)
+    assert case.operators(changed) == {"LayerNormalization": 1, "Add": 1}
+
+
+@pytest.mark.parametrize(
+    ("what", "reasons"),
+    [
+        ({"mean": "w = ReduceMean(x, axis) u = Mul(w, half)"}, []),
+        ({"variance": "v = ReduceMean <keepdims = 1> (q)"}, []),
+        ({"biased": "b = Mul(v, eps)"}, []),
+        ({"biased": "b = Add(v, shift)"}, []),
+        ({"affine": "y = Neg(n)"}, ["no constant gain along the last axis follows"]),
+        ({"affine": "m = Mul(n, x) y = Add(m, shift)"}, ["no constant gain along the last axis follows"]),
+        (
+            {"affine": "y = Mul(n, gain)", "weights": {"gain": case.random(0, 1, 8)}},
+            ["no constant gain along the last axis follows"],
+        ),
+        (
+            {"affine": "y = Mul(n, gain)", "weights": {"gain": case.random(0, 1)}},
+            ["gain or shift is not one number per element of the last axis"],
+        ),
+        (
+            {"weights": {"shift": case.random(0, 1)}},
+            ["gain or shift is not one number per element of the last axis"],
+        ),
+        ({"opset": 16, "mean": "u = ReduceMean <axes = [-1]> (x)", "variance": "v = ReduceMean <axes = [-1]> (q)"},
+         ["LayerNormalization needs operator set 17, the model has 16"]),
+        ({"mean": "u = ReduceMean <axes = [1]> (x)", "variance": "v = ReduceMean <axes = [1]> (q)", "opset": 17}, []),
+    ],
+)  # fmt: skip
+def test_look_alikes(what, reasons):
+    case.assert_refused(norm(**what), LayerNormFromParts(), *reasons)
+
+
+def test_dropped_axes_are_no_layer_norm():
+    text = """(float[8,8] x) => (float[8,8] y) { u = ReduceMean <keepdims = 0> (x, axis) d = Sub(x, u)
+        q = Pow(d, two) v = ReduceMean <keepdims = 0> (q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(d, s)
+        m = Mul(n, gain) y = Add(m, shift) }"""
+    case.assert_refused(case.parse(text, NUMBERS, 18), LayerNormFromParts())
+
+
+def test_exponent_and_order_matter():
+    for wrong in ("q = Pow(d, one)", "q = Pow(x, two)", "q = Mul(d, x)"):
+        text = f"""(float[B,8] x) => (float[B,8] y) {{ u = ReduceMean(x, axis) d = Sub(x, u)
+            {wrong} v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(d, s) y = Mul(n, gain) }}"""
+        case.assert_refused(case.parse(text, NUMBERS, 18), LayerNormFromParts())
+    text = """(float[B,8] x) => (float[B,8] y) { u = ReduceMean(x, axis) d = Sub(u, x) q = Pow(d, two)
+        v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(d, s) y = Mul(n, gain) }"""
+    case.assert_refused(case.parse(text, NUMBERS, 18), LayerNormFromParts())
+    text = """(float[B,8] x) => (float[B,8] y) { u = ReduceMean(x, axis) d = Sub(x, u) q = Pow(d, two)
+        v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(s, d) y = Mul(n, gain) }"""
+    case.assert_refused(case.parse(text, NUMBERS, 18), LayerNormFromParts())
+
+
+@pytest.mark.parametrize(("onnx_type", "dtype"), [("float16", np.float16), ("double", np.float64)])
+def test_other_types_are_refused(onnx_type, dtype):
+    numbers = {k: v if v.dtype == np.int64 else v.astype(dtype) for k, v in NUMBERS.items()}
+    text = f"""({onnx_type}[B,8] x) => ({onnx_type}[B,8] y) {{ u = ReduceMean(x, axis) d = Sub(x, u)
+        q = Pow(d, two) v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(d, s) y = Mul(n, gain) }}"""
+    case.assert_refused(case.parse(text, numbers, 18), LayerNormFromParts(), "x is not known to be float32")
+
+
+def test_a_constant_that_adds_axes_is_refused():
+    text = """(float[4,8] x) => (float[1,4,8] y) { u = ReduceMean(x, axis) d = Sub(x, u) q = Pow(d, two)
+        v = ReduceMean(q, axis) b = Add(v, wide) s = Sqrt(b) n = Div(d, s) y = Mul(n, gain) }"""
+    model = case.parse(text, NUMBERS | {"wide": np.full((1, 1, 1), 1e-5, np.float32)}, 18)
+    case.assert_refused(model, LayerNormFromParts())
+
+
+def test_outputs_in_the_middle():
+    text = """(float[B,8] x) => (float[B,8] y, float[B,8] {0}) { u = ReduceMean(x, axis) d = Sub(x, u)
+        q = Pow(d, two) v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(d, s) m = Mul(n, gain)
+        y = Add(m, shift) }"""
+    feeds = [{"x": case.random(0, 3, 8)}]
+    left = {"d": {"LayerNormalization": 1, "ReduceMean": 1, "Sub": 1}, "m": {"LayerNormalization": 1, "Add": 1}}
+    for name, operators in left.items():
+        model = case.parse(text.replace("{0}", name), NUMBERS, 18)
+        assert case.operators(case.assert_rewritten(model, LayerNormFromParts(), feeds)) == operators
+    model = case.parse(text.replace("{0}", "n"), NUMBERS, 18)
+    case.assert_refused(model, LayerNormFromParts(), "no constant gain along the last axis follows")
+
+
+def test_in_the_body_of_a_loop_with_outer_weights():
+    text = """(int64 n, bool c, float[2,8] x) => (float[2,8] y) {
+        y = Loop (n, c, x) <body = step (int64 i, bool go, float[2,8] a) => (bool go2, float[2,8] z) {
+            go2 = Identity(go) u = ReduceMean(a, axis) d = Sub(a, u) q = Pow(d, two)
+            v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) k = Div(d, s) m = Mul(k, gain) z = Add(m, shift)
+        }> }"""
+    feeds = [{"n": np.array(3), "c": np.array(True), "x": case.random(0, 2, 8)}]
+    changed = case.assert_rewritten(case.parse(text, NUMBERS, 18), LayerNormFromParts(), feeds)
+    assert case.operators(changed)["LayerNormalization"] == 1
