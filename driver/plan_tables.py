@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from ..compress.operands import COMPUTE_OPS
 from ..compress.plan import Decision, Plan
 from ..graph.passes import Refusal
 from .output import Block, Table, format_percent
@@ -39,8 +40,9 @@ def _integer_share(plan: Plan) -> str:
     share = plan.integer_share()
     if share is None:
         return ""
-    counted = sum(decision.macs is not None for decision in plan.decisions)
-    partial = "" if counted == len(plan.decisions) else f" of the {counted} nodes whose shapes are known"
+    working = [decision for decision in plan.decisions if decision.op in COMPUTE_OPS]
+    counted = sum(decision.macs is not None for decision in working)
+    partial = "" if counted == len(working) else f" of the {counted} nodes whose shapes are known"
     return f"; {format_percent(share)} of the multiply-accumulates{partial} in integers"
 
 
@@ -57,6 +59,7 @@ def _node_table(decisions: Iterable[Decision]) -> Table:
     rows = tuple(
         (
             item.node,
+            item.weight or "",
             item.op,
             item.form,
             "" if item.macs is None else f"{item.macs:,}",
@@ -65,7 +68,7 @@ def _node_table(decisions: Iterable[Decision]) -> Table:
         )
         for item in decisions
     )
-    columns = ("node", "op", "form", "MACs", "evidence", "reason")
+    columns = ("node", "weight", "op", "form", "MACs", "evidence", "reason")
     return Table(title="Nodes", columns=columns, rows=rows, numeric=frozenset({"MACs"}))
 
 

@@ -7,9 +7,11 @@ an interrupt) follows at the end.
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import dataclass
 
@@ -597,18 +599,40 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert tree(tmp_path) == before
 
 
+STOPPING_DATA = """
+import pathlib, time
+import numpy as np
+passes = 0
+def samples():
+    global passes
+    passes += 1
+    for number in range(8):
+        yield {"x": np.full((1, 64), number, np.float32)}
+    if passes >= int(pathlib.Path("stop-in-pass").read_text()):
+        pathlib.Path("stopped").touch()
+        time.sleep(120)
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(tmp_path, number):
-    model = model_file(tmp_path, make_model(width=4_000))
-    argv = compiling(tmp_path, "-v", model=model, calib=calib_file(tmp_path, x=samples(4_000)))
+@pytest.mark.parametrize("stop_in_pass", [1, 3])
+def test_an_interrupt_leaves_nothing(tmp_path, number, stop_in_pass):
+    """Interrupted while the data is read first, and while drift is measured, with files written."""
+    model = model_file(tmp_path, make_model(width=16))
+    (tmp_path / "stopping.py").write_text(STOPPING_DATA)
+    (tmp_path / "stop-in-pass").write_text(str(stop_in_pass))
+    argv = compiling(tmp_path, "-v", model=model, calib="stopping:samples")
     before = tree(tmp_path)
     process = in_a_process(argv, tmp_path)
-    # With -v every finished stage leaves a line: the compile is under way after the first.
-    process.stderr.readline()
+    while not (tmp_path / "stopped").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
     os.kill(process.pid, number)
     out, printed = process.communicate(timeout=120)
     assert process.returncode == 130, printed
     assert "interrupted" in printed
     assert "Traceback" not in printed
     assert out == ""
+    (tmp_path / "stopped").unlink()
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
     assert tree(tmp_path) == before
