@@ -1,4 +1,4 @@
-"""Every model of onnx's own backend tests through load, exact clean-up and save: same results, or said why not.
+"""Every model of onnx's own backend tests through load, exact clean-up and save: equal, or said why not.
 
     python benchmarks/backend_models.py [WORD]
 
@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from edgepress.graph.cleanup import exact_cleanup
-from edgepress.graph.errors import UserError, Unavailable
+from edgepress.graph.errors import Unavailable, UserError
 from edgepress.graph.load import load_model
 from edgepress.graph.passes import run_passes
 from edgepress.graph.save import to_bytes
@@ -101,7 +101,8 @@ def _same(wanted: Any, found: Any) -> bool:
         return False
     if wanted.dtype.kind != "f":
         return bool(np.array_equal(wanted, found))
-    return bool(np.allclose(wanted, found, rtol=1e-5, atol=1e-6, equal_nan=True))
+    tolerance = max(1e-5, float(np.finfo(wanted.dtype).eps))
+    return bool(np.allclose(wanted, found, rtol=tolerance, atol=tolerance, equal_nan=True))
 
 
 def _short(values: Sequence[Any]) -> str:

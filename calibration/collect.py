@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ..runtimes.base import Runner, SessionOptions
 
 Progress = Callable[[int, int], None]
+Limits = npt.NDArray[np.float32]
 DEFAULT_MEMORY_BYTES = 256 * 2**20
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
 
@@ -59,14 +62,69 @@ def collect_ranges(
         ModelError: if a name is unknown, inside a subgraph, an initializer or not a float tensor.
         DataError: if an activation is NaN, or there are no samples.
     """
+    names = list(dict.fromkeys(tensor_names))
+    observers = {name: RangeObserver(name, method=method, percentile=percentile) for name in names}
+    budget = DEFAULT_MEMORY_BYTES if max_memory_bytes is None else max_memory_bytes
+    opener = open_session or _onnxruntime_opener(options)
+    for name, values in _observed(model, names, data, budget=budget, opener=opener, progress=progress):
+        observers[name].update(values)
+    return observers
+
+
+def collect_channel_limits(
+    model: Model,
+    tensor_names: Sequence[str],
+    data: CalibrationData,
+    *,
+    options: SessionOptions | None = None,
+    progress: Progress | None = None,
+    open_session: Callable[[Model], Runner] | None = None,
+) -> dict[str, tuple[Limits, Limits]]:
+    """The smallest and largest value of every channel (last axis) of tensors, over the data.
+
+    Args:
+        model: not changed.
+        tensor_names: float inputs and node outputs of the main graph.
+        data: calibration samples.
+        options: session options of onnxruntime; graph optimisation is off by default.
+        progress: called with (samples run, samples to run).
+        open_session: opens another runtime than onnxruntime.
+
+    Returns:
+        name -> (minimum, maximum), each float32 of shape (channels,).
+
+    Raises:
+        ModelError: if a name is unknown, inside a subgraph, an initializer or not a float tensor.
+        DataError: if there are no samples.
+    """
+    names = list(dict.fromkeys(tensor_names))
+    opener = open_session or _onnxruntime_opener(options)
+    found: dict[str, tuple[Limits, Limits]] = {}
+    for name, values in _observed(
+        model, names, data, budget=DEFAULT_MEMORY_BYTES, opener=opener, progress=progress
+    ):
+        rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        if name in found:
+            low, high = np.minimum(found[name][0], low), np.maximum(found[name][1], high)
+        found[name] = low, high
+    return found
+
+
+def _observed(
+    model: Model,
+    names: Sequence[str],
+    data: CalibrationData,
+    *,
+    budget: int,
+    opener: Callable[[Model], Runner],
+    progress: Progress | None,
+) -> Iterator[tuple[str, Array]]:
+    """(name, values) of every tensor for every batch, in segments that fit the budget."""
     if len(data) == 0:
         raise DataError("the calibration data holds no samples", where=data.name)
-    names = list(dict.fromkeys(tensor_names))
     check_observable(model, names)
-    observers = {name: RangeObserver(name, method=method, percentile=percentile) for name in names}
-    opener = open_session or _onnxruntime_opener(options)
     largest = _one_batch(data.largest_sample(), data)
-    budget = DEFAULT_MEMORY_BYTES if max_memory_bytes is None else max_memory_bytes
     fed = {spec.name for spec in model.inputs}
     segments = deque(_segments([name for name in names if name not in fed], model, largest, budget))
     inputs = [name for name in names if name in fed]
@@ -85,15 +143,13 @@ def collect_ranges(
         total = done + len(data) * (1 + len(segments))
         for feeds, count in data.batches(data.static_batch or 1):
             for name in inputs:
-                observers[name].update(feeds[name])
+                yield name, feeds[name]
             if run is not None:
-                for name, values in run(feeds):
-                    observers[name].update(values)
+                yield from run(feeds)
             done += count
             if progress is not None:
                 progress(done, total)
         inputs = []
-    return observers
 
 
 def check_observable(model: Model, names: Sequence[str]) -> None:

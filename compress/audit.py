@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import optimised_graph
 from ..targets.profile import Form, TargetProfile
+from .operands import TABLE_OPS
 from .plan import Decision, Plan
 
 INTEGER_OPS = frozenset(
@@ -74,7 +75,11 @@ def audit(model_file: Path, plan: Plan, profile: TargetProfile) -> Audit:
     unplanned = []
     for item in plan.decisions:
         found = by_name.get(item.node)
-        if item.form == "float" and found is not None and found.op_type in _expected(profile, item.op, "static"):
+        if (
+            item.form == "float"
+            and found is not None
+            and found.op_type in _expected(profile, item.op, "static")
+        ):
             unplanned.append(Finding(node=item.node, runtime_op=found.op_type, integer=True))
     return Audit(
         findings=tuple(_find(item, profile, readers, by_name) for item in plan.quantized()),
@@ -84,7 +89,9 @@ def audit(model_file: Path, plan: Plan, profile: TargetProfile) -> Audit:
 
 
 def _expected(profile: TargetProfile, op: str, form: Form) -> frozenset[str]:
-    """The runtime's operators that prove an integer kernel of `op`."""
+    """The runtime's operators that prove an integer kernel of `op`, or that a table is stored as int8."""
+    if form == "weight-only" and op in TABLE_OPS:
+        return TABLE_OPS
     kernels = [kernel for kernel in profile.kernels if (kernel.op, kernel.form) == (op, form)]
     return frozenset(name for kernel in kernels for name in kernel.runtime_ops) or INTEGER_OPS
 

@@ -19,7 +19,7 @@ from .operands import CONVOLUTIONS, FORM_OPSETS, is_liftable
 from .plan import Plan
 from .quantize.blocks import QuantizeBlocks
 from .quantize.dynamic import QuantizeDynamic, QuantizeTables
-from .quantize.static import QuantizeStatic, Ranges
+from .quantize.static import QuantizeStatic, Ranges, static_layout
 
 _FUSION_OPSET = 20
 """Gelu became an operator in 20, LayerNormalization in 17."""
@@ -89,7 +89,9 @@ def apply_plan(model: Model, plan: Plan, ranges: Ranges | None = None) -> tuple[
     needed = max((FORM_OPSETS[form] for form in forms), default=0)
     passes: list[Pass] = [LiftOpset(minimum=needed)] if model.opset < needed else []
     if "static" in forms:
-        passes.append(QuantizeStatic(decisions=plan.decisions, ranges=ranges or {}))
+        # Laid out before an old operator set is lifted, as the ranges were: lifting may lose shapes.
+        layout = static_layout(model, plan.decisions)
+        passes.append(QuantizeStatic(decisions=plan.decisions, layout=layout, ranges=ranges or {}))
     if "dynamic" in forms:
         passes.append(QuantizeDynamic(decisions=plan.decisions))
     if "weight-only" in forms:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from ..graph.cleanup import LiftOpset
-from ..graph.edit import float_attribute, int_attribute, is_constant, only_use, rank
+from ..graph.edit import float_attribute, int_attribute, integers, is_constant, only_use, rank, static_dim
 from ..graph.errors import ModelError
 from ..graph.model import Model
 from ..graph.passes import run_passes
@@ -20,9 +20,9 @@ PASS_THROUGH_OPS = frozenset(
 )
 ABSORBED_OPS = frozenset({"Relu", "Clip"})
 MOVING_OPS = PASS_THROUGH_OPS | ABSORBED_OPS | {"Slice", "Pad", "Split", "Expand", "Gather"}
-CARRIED_OPS = frozenset(
-    {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
-)
+CARRIED_OPS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
+TABLE_OPS = frozenset({"Gather", "Slice"})
+"""Operators that take rows out of an embedding table (Slice: of positions from 0 on)."""
 FLOAT_OUTPUT_OPS = frozenset({"MatMul"})
 """Operators whose integer kernels scale their result back to float at no cost."""
 
@@ -35,11 +35,28 @@ _SCORE_OPS = ("Add", "Softmax", "LogSoftmax", "Sigmoid", "Identity")
 
 def weight_name(node: ir.Node) -> str | None:
     """The name of the constant weight or table that a node reads, or None."""
-    place = 0 if node.op_type == "Gather" else 1
-    if (node.op_type not in COMPUTE_OPS and node.op_type != "Gather") or len(node.inputs) <= place:
+    place = 0 if node.op_type in TABLE_OPS else 1
+    if node.op_type not in COMPUTE_OPS | TABLE_OPS or len(node.inputs) <= place:
         return None
     value = node.inputs[place]
     return value.name if is_constant(value) and value is not None else None
+
+
+def reads_rows(node: ir.Node, table: ir.Value) -> bool:
+    """Whether a node only takes rows (axis 0) out of `table`."""
+    if (
+        node.op_type not in TABLE_OPS
+        or node.domain
+        or node.inputs[0] is not table
+        or table in node.inputs[1:]
+    ):
+        return False
+    if node.op_type == "Gather":
+        return int_attribute(node, "axis", 0) == 0
+    if len(node.inputs) < 3:
+        return False
+    axes = node.inputs[3] if len(node.inputs) > 3 else None
+    return integers(axes) == [0] if axes is not None else static_dim(node.inputs[1], 0) == 1
 
 
 def channel_axis(node: ir.Node) -> int:

@@ -10,6 +10,7 @@ import msgspec
 from ..graph.passes import PassRecord, Refusal
 from ..graph.scheme import Scheme
 from ..targets.profile import Evidence, Form
+from .operands import TABLE_OPS
 
 SCHEMA_VERSION = 1
 
@@ -92,7 +93,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 def quantization_of(decisions: Iterable[Decision]) -> PlannedQuantization:
     """The one form of what is quantized, or "mixed"; tables count only where nothing else is."""
     quantized = [item for item in decisions if item.form != "float"]
-    forms = {item.form for item in quantized if item.op != "Gather"} or {item.form for item in quantized}
+    forms = {item.form for item in quantized if item.op not in TABLE_OPS} or {item.form for item in quantized}
     if len(forms) > 1:
         return "mixed"
     form: Form = next(iter(forms), "float")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ..graph.edit import int_attribute, is_constant, rank
+from ..graph.edit import is_constant, rank
 from ..graph.model import Model
 from ..graph.scheme import Scheme
 from ..targets.profile import Form, Kernel, TargetProfile
@@ -21,10 +21,12 @@ from .operands import (
     FLOAT_OUTPUT_OPS,
     FORM_OPSETS,
     MOVING_OPS,
+    TABLE_OPS,
     channel_axis,
     is_liftable,
     only_leaves_graph,
     output_tail,
+    reads_rows,
     unfit,
     unfit_weight,
     weight_name,
@@ -74,7 +76,7 @@ def propose(model: Model, profile: TargetProfile, request: Request) -> Plan:
         precision="fp32",
         quantization="none",
         decisions=(),
-        notes=tuple(f"--keep-float {text!r} matches no node or weight" for text in unused),
+        notes=tuple(f"--keep-float {text!r} matches nothing that would be quantized" for text in unused),
     )
     return plan.with_decisions(decisions)
 
@@ -111,7 +113,7 @@ class _Proposer:
                 continue
             if node.op_type in COMPUTE_OPS:
                 decision = self.compute(node)
-            elif node.op_type == "Gather":
+            elif node.op_type in TABLE_OPS:
                 decision = self.table(node)
             elif node.op_type in CARRIED_OPS:
                 decision = self.carried(node)
@@ -270,7 +272,7 @@ class _Proposer:
         if table is None or not is_constant(table) or table.const_value is None:
             return None
         tensor = table.const_value
-        if tensor.dtype != ir.DataType.FLOAT or rank(table) != 2 or int_attribute(node, "axis", 0) != 0:
+        if tensor.dtype != ir.DataType.FLOAT or rank(table) != 2 or not reads_rows(node, table):
             return None
         kept = self.kept_by_user(node)
         if kept is not None:
@@ -288,7 +290,7 @@ class _Proposer:
             return self.stays(node, why or "no kernel")
         return Decision(
             node=node.name or "",
-            op="Gather",
+            op=node.op_type,
             group=f"table {table.name}",
             form="weight-only",
             weight_scheme=Scheme(dtype="int8", symmetric=True, granularity="per-row", axis=0),
@@ -303,9 +305,9 @@ class _Proposer:
         if table.is_graph_output():
             return "its table is a graph output"
         for use in table.uses():
-            if use.node.op_type != "Gather":
+            if use.node.op_type not in TABLE_OPS:
                 return f"its table is also read by {use.node.op_type} (tied weights)"
-            if use.idx != 0 or int_attribute(use.node, "axis", 0) != 0:
+            if not reads_rows(use.node, table):
                 return "its table is also read in another way"
             if self.kept_by_user(use.node) is not None:
                 return "another reader of its table is kept in float by --keep-float"

@@ -62,7 +62,7 @@ def open_budget(
     baseline: OrtSession, data: CalibrationData, task: Task, recipe: Recipe, reporter: Reporter
 ) -> Iterator[Budget]:
     """Resolve the limits' metrics and run the baseline over the evaluation data once."""
-    labelled = data.labels is not None or data.pairs is not None
+    labelled = (data.pairs if task.kind == "embedding" else data.labels) is not None
     limits = {limit.metric or default_metric(task, labelled): limit.limit for limit in recipe.max_drift}
     with reporter.stage("running the baseline on the evaluation data", len(data)) as stage:
         reference = ReferenceOutputs.collect(baseline, data, task, progress=steps(stage.advance))

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..calibration.collect import collect_ranges
+from ..calibration.collect import collect_channel_limits, collect_ranges
+from ..compress.operands import TABLE_OPS
 from ..compress.plan import Plan
 from ..compress.propose import Request, is_quantized, propose
+from ..compress.quantize.centre import CENTRE, CentreActivations, centrable
 from ..compress.quantize.static import static_layout
 from ..compress.recipe import Pins, Recipe
 from ..export.place import check_output
@@ -20,6 +22,7 @@ from ..export.verify import verify_bundle
 from ..frontends.source import Source, load_source
 from ..graph.errors import NotSupported, RecipeError
 from ..graph.load import require_no_nan
+from ..graph.passes import run_passes
 from ..graph.save import save_model
 from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
@@ -27,7 +30,7 @@ from ..targets.registry import load_target
 from .budget import hold, open_budget, steps
 from .bundling import bundle
 from .cache import cache_folder
-from .candidate import Candidate, build, check_samples, prepare
+from .candidate import Candidate, build, check_samples, difference, prepare
 from .data_sets import DataSets, check_shapes, input_shapes, open_data_sets
 from .local_benchmark import COMPILED, WITHOUT_OPTIONS, time_against_baseline, timing_inputs
 from .reporter import Reporter, SilentReporter
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from ..compress.quantize.static import Ranges
     from ..graph.model import Model
     from ..graph.passes import PassRecord
+    from ..runtimes.base import Array
     from ..runtimes.timing import BenchmarkResult
     from ..targets.profile import Evidence, TargetProfile
 
@@ -107,6 +111,8 @@ class _Compile:
     sets: DataSets
     baseline_file: Path
     baseline: OrtSession
+    samples: list[dict[str, Array]]
+    expected: list[dict[str, Array]]
     prepared: Model
     current_plan: Plan
     candidate: Candidate
@@ -175,13 +181,15 @@ class _Compile:
             self.source_bytes = sum(file.stat().st_size for file in files)
         with self.reporter.stage("cleaning up and fusing"):
             self.baseline = OrtSession(self.baseline_file, SessionOptions(threads=self.recipe.threads))
-            samples = check_samples(self.source.model, self.sets.evaluate or self.sets.calibrate, self.recipe)
+            data = self.sets.evaluate or self.sets.calibrate
+            self.samples = check_samples(self.source.model, data, self.recipe)
+            self.expected = [self.baseline.run(feeds) for feeds in self.samples]
             self.prepared, self.records = prepare(
                 self.source.model,
                 self.profile,
                 self.recipe,
-                samples=samples,
-                baseline=self.baseline,
+                samples=self.samples,
+                expected=self.expected,
                 reporter=self.reporter,
             )
 
@@ -222,7 +230,8 @@ class _Compile:
         self.reporter.warn(text)
 
     def build(self) -> None:
-        """Calibrate what is static, apply the plan, and let the runtime confirm its kernels."""
+        """Centre what is dynamic, calibrate what is static, apply the plan, let the runtime confirm it."""
+        self._centre()
         observed = static_layout(self.prepared, self.current_plan.decisions).observed
         if observed and self.sets.calibrate is not None:
             activation = static_layout(self.prepared, self.current_plan.decisions).activation
@@ -242,6 +251,30 @@ class _Compile:
                     self.notes.append(f"{name}: {observer.masked} mask values left out of its range")
         with self.reporter.stage("applying the plan"):
             self.candidate = self.lower(self.current_plan, self.folder / "candidate")
+
+    def _centre(self) -> None:
+        """Centre normalised activations on the calibration data: the same function, finer steps."""
+        names = centrable(self.prepared, self.current_plan.decisions)
+        if not names or self.sets.calibrate is None or not self.recipe.fusions.get(CENTRE, True):
+            return
+        with self.reporter.stage("centring activations", len(self.sets.calibrate)) as stage:
+            limits = collect_channel_limits(
+                self.prepared,
+                names,
+                self.sets.calibrate,
+                options=SessionOptions(threads=self.recipe.threads, graph_optimization_level="basic"),
+                progress=steps(stage.advance),
+            )
+            centred = self.prepared.fork()
+            records = run_passes(centred, [CentreActivations(limits=limits)])
+        problem = difference(centred, self.samples, self.expected)
+        if problem is not None:
+            self._warn(f"centring changed the results ({problem}): left out")
+            return
+        self.prepared = centred
+        self.current_plan = msgspec.structs.replace(
+            self.current_plan, passes=(*self.current_plan.passes, *records)
+        )
 
     def lower(self, plan: Plan, folder: Path) -> Candidate:
         return build(self.prepared, plan, self.ranges, self.profile, folder)
@@ -316,7 +349,7 @@ class _Compile:
     def pinned(self) -> Recipe:
         """The recipe with the choices that were made, so that a replay times nothing."""
         plan = self.candidate.plan
-        compute = {item.form for item in plan.quantized() if item.op != "Gather"}
+        compute = {item.form for item in plan.quantized() if item.op not in TABLE_OPS}
         pins = Pins(
             model_sha256=self.source.model.fingerprint(),
             data_sha256=self.sets.calibrate.digest if self.sets.calibrate is not None else None,

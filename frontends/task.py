@@ -158,9 +158,15 @@ def _guess_flat(model: Model, output: TensorSpec, folder: Path) -> Task:
         return Task(kind="classification", classes=classes)
     if _EMBEDDING_OUTPUT.search(output.name) or width == 1:
         return Task()
-    if _CLASS_OUTPUT.search(output.name) or _ends_in_linear(model.graph.outputs[0]):
+    value = model.graph.outputs[0]
+    if _CLASS_OUTPUT.search(output.name) or _ends_in_probabilities(value) or _ends_in_linear(value):
         return Task(kind="classification")
     return Task()
+
+
+def _ends_in_probabilities(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.domain in ("", "ai.onnx") and node.op_type in ("Softmax", "LogSoftmax")
 
 
 def _ends_in_linear(value: ir.Value) -> bool:

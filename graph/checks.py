@@ -252,7 +252,8 @@ def _stored_bytes(tensor: onnx.TensorProto, place: str) -> int:
         raise _damaged(place, f"its type has the number {tensor.data_type}") from error
     if any(size < 0 for size in tensor.dims):
         raise _damaged(place, f"its shape is {list(tensor.dims)}")
-    return -(-math.prod(tensor.dims) * bits // 8)
+    count: int = math.prod(tensor.dims)
+    return -(-count * bits // 8)
 
 
 def _damaged(place: str, why: str) -> ModelError:
@@ -283,7 +284,7 @@ def _typed_bytes(tensor: onnx.TensorProto, needed: int) -> int:
         entries = -(-math.prod(tensor.dims) // max(1, 8 // bits))
         return needed if len(tensor.int32_data) == entries else len(tensor.int32_data) * 4
     if tensor.data_type == onnx.TensorProto.UINT32:
-        return 4 * int(len(tensor.uint64_data))
+        return 4 * len(tensor.uint64_data)
     held: int = 4 * len(tensor.float_data) + 8 * len(tensor.double_data)
     return held + 8 * (len(tensor.int64_data) + len(tensor.uint64_data))
 

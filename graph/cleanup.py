@@ -8,21 +8,27 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common as stock
-from onnxscript.optimizer import fold_constants
 
 from .cleanup_rules import EXACT_RULES
 from .duplicates import MergeDuplicates
-from .edit import Array, Editor, is_constant, only_use, permutation, remove_dead
+from .edit import Array, Editor, is_constant, name_nodes, permutation, remove_dead
 from .errors import ModelError
+from .fold import FoldConstants
 from .model import Model
 from .passes import Outcome, Pass
 from .rewrite import Rewrite
-from .shapes import InferShapes, kept_interface, quiet
+from .shapes import InferShapes, is_consistent, kept_interface, quiet
 from .weights import MappedTensor
 
-_FOLD_INPUT_ELEMENTS = 1 << 13
-_FOLD_OUTPUT_ELEMENTS = 1 << 20
+__all__ = [
+    "FoldConstants",
+    "FoldWeights",
+    "InferShapes",
+    "LiftOpset",
+    "MergeDuplicates",
+    "RemoveUnused",
+    "exact_cleanup",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,13 +82,16 @@ class LiftOpset(Pass):
             return outcome
         from onnxscript import version_converter
 
-        before = model.opset
+        before, consistent = model.opset, is_consistent(model)
         try:
             with quiet("onnxscript"), kept_interface(model):
                 version_converter.convert_version(model.ir, self.minimum, fallback=True)
         except (RuntimeError, ValueError) as error:
             raise self._too_old(model, str(error).strip().splitlines()[0]) from error
+        if consistent and not is_consistent(model):  # the converter does not know every operator's changes
+            raise self._too_old(model, f"the conversion from operator set {before} gives an invalid graph")
         if model.opset >= self.minimum:
+            name_nodes(model.ir)
             outcome.count("opset")
         else:
             outcome.refuse("graph", "opset", f"operator set {before} could not be lifted to {self.minimum}")
@@ -95,7 +104,7 @@ class LiftOpset(Pass):
 
     def _too_old(self, model: Model, why: str) -> ModelError:
         return ModelError(
-            f"the model's operator set {model.opset} is too old",
+            "the model's operator set is too old",
             where=model.origin.name,
             why=why,
             remedy=f"export the model with opset {self.minimum} or newer",
@@ -148,7 +157,8 @@ def _fold_weight(node: ir.Node, graph: ir.Graph, editor: Editor) -> bool:
         if not (tensor.dtype.is_floating_point() and target == ir.DataType.FLOAT):
             return False
         folded = _lazy(tensor, lambda array: array.astype(np.float32), target, ir.Shape(tensor.shape.numpy()))
-    if only_use(source) is node:
+    node.replace_input_with(0, None)
+    if not source.uses() and not source.is_graph_output():
         source.const_value = folded
         folded.name = source.name
         source.shape = ir.Shape(folded.shape.numpy())
@@ -158,6 +168,7 @@ def _fold_weight(node: ir.Node, graph: ir.Graph, editor: Editor) -> bool:
         ir.convenience.replace_all_uses_with(
             result, editor.tensor(folded, f"{source.name}/{node.op_type}", graph)
         )
+    graph.remove(node, safe=True)
     return True
 
 
@@ -177,33 +188,6 @@ def _lazy(
     return ir.LazyTensor(compute, dtype=dtype, shape=shape) if lazy else compute()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FoldConstants(Pass):
-    """Compute small constant sub-graphs now (onnxscript's folder, which also tracks shapes)."""
-
-    def run(self, model: Model) -> Outcome:
-        """See `Pass.run`."""
-        outcome = Outcome()
-        before = _count_nodes(model)
-        hash_before = model.structure_hash()
-        with quiet("onnxscript"), kept_interface(model), np.errstate(all="ignore"):
-            fold_constants(
-                model.ir,
-                onnx_shape_inference=True,
-                input_size_limit=_FOLD_INPUT_ELEMENTS,
-                output_size_limit=_FOLD_OUTPUT_ELEMENTS,
-            )
-        stock.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
-        remove_dead(model)
-        if model.structure_hash() != hash_before:
-            outcome.count("folded-node", max(before - _count_nodes(model), 1))
-        return outcome
-
-
-def _count_nodes(model: Model) -> int:
-    return sum(1 for _ in model.graph.all_nodes())
-
-
 def exact_cleanup() -> list[Pass]:
     """The passes that every model goes through first; none changes a result beyond float noise."""
     return [
@@ -213,6 +197,7 @@ def exact_cleanup() -> list[Pass]:
         FoldConstants(),
         MergeDuplicates(),
         Rewrite(rules=EXACT_RULES),
+        InferShapes(),
         FoldConstants(),
         MergeDuplicates(),
         Rewrite(rules=EXACT_RULES),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,18 +13,22 @@ from .broadcast_rules import AlwaysTrue, GatherWholeMask, NeedlessExpand, SliceO
 from .edit import (
     Editor,
     axes_of,
+    int_attribute,
     integers,
     operand,
     permutation,
     producer,
     rank,
     scalar,
+    small_constant,
     split_constant,
+    static_dim,
 )
 from .rewrite import Refused, Rule, Verdict
 from .symbolic import Term, axis_terms, reshape_terms, size_terms
 
 _FULL_SLICE_END = (1 << 31) - 1
+_SPLIT_INPUT_OPSET = 13
 
 
 class NoOpArithmetic(NamedTuple):
@@ -206,6 +212,66 @@ class NoOpReshape(NamedTuple):
         return True
 
 
+class SplitWithoutSequence(NamedTuple):
+    """SplitToSequence whose parts are picked by constant positions -> Split.
+
+    The form in which torch exports `split` and `chunk`; the runtime copies every part of a sequence.
+    """
+
+    name: str = "split-without-sequence"
+    roots: frozenset[str] = frozenset({"SplitToSequence"})
+
+    def apply(self, node: ir.Node, editor: Editor) -> Verdict:
+        """See `Rule`."""
+        source, axis = node.inputs[0], int_attribute(node, "axis", 0)
+        sizes = _split_sizes(node, static_dim(source, axis))
+        if source is None or sizes is None:
+            return Refused("the sizes of the parts are not known")
+        picks = [(use.node, scalar(operand(use.node, 1))) for use in node.outputs[0].uses()]
+        if node.outputs[0].is_graph_output() or not all(
+            reader.op_type == "SequenceAt"
+            and reader.graph is node.graph
+            and place is not None
+            and -len(sizes) <= place < len(sizes)
+            for reader, place in picks
+        ):
+            return Refused("the sequence is used as a whole")
+        parts = _split(node, source, axis, sizes, editor)
+        for reader, place in picks:
+            editor.replace(reader.outputs[0], parts[int(place or 0)])
+        return True
+
+
+def _split_sizes(node: ir.Node, length: int | None) -> list[int] | None:
+    split = small_constant(operand(node, 1))
+    if split is None or split.ndim > 1 or split.dtype.kind not in "iu":
+        return None
+    if split.ndim:
+        return [int(size) for size in split]
+    size = int(split.item())
+    if length is None or size <= 0:
+        return None
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
+def _split(
+    node: ir.Node, source: ir.Value, axis: int, sizes: list[int], editor: Editor
+) -> Sequence[ir.Value]:
+    """A Split into parts of these sizes, in the form of the model's operator set."""
+    assert node.graph is not None
+    stem = node.outputs[0].name or "parts"
+    inputs: list[ir.Value | None] = [source]
+    attributes: dict[str, int | list[int]] = {"axis": axis}
+    if editor.model.opset >= _SPLIT_INPUT_OPSET:
+        inputs.append(editor.constant(np.array(sizes, np.int64), "sizes", node.graph))
+    else:
+        attributes["split"] = sizes
+    made = editor.node("Split", inputs, attributes, before=node, stem=stem, outputs=len(sizes))
+    for part in made.outputs:
+        part.type = copy.copy(source.type)
+    return made.outputs
+
+
 EXACT_RULES: tuple[Rule, ...] = (
     NoOpArithmetic(),
     FullSlice(),
@@ -214,6 +280,7 @@ EXACT_RULES: tuple[Rule, ...] = (
     MergeUnsqueeze(),
     SwapLastTwo(),
     NoOpReshape(),
+    SplitWithoutSequence(),
     AlwaysTrue(),
     NeedlessExpand(),
     GatherWholeMask(),

@@ -7,15 +7,15 @@ from collections.abc import Hashable
 
 import onnx_ir as ir
 
-from .edit import Editor, is_constant, remove_dead
+from .edit import Editor, can_stand_for, is_constant, remove_dead
 from .model import Model, tensor_digest
 from .passes import Outcome, Pass
 
 _MOST_ELEMENTS = 1024
-# Two equal nodes of these draw two different numbers.
-_RANDOM = frozenset(
+# Two equal nodes of these draw two different numbers; an Identity is only left where it makes an output.
+_NOT_MERGED = frozenset(
     {"RandomUniform", "RandomNormal", "RandomUniformLike", "RandomNormalLike", "Multinomial"}
-    | {"Bernoulli", "Dropout"}
+    | {"Bernoulli", "Dropout", "Identity"}
 )
 # Operators of other domains may have a state or an effect.
 _PURE_DOMAINS = frozenset({"", "ai.onnx.ml", "com.microsoft"})
@@ -48,10 +48,8 @@ def _drop_identities(graph: ir.Graph, editor: Editor) -> int:
         source = node.inputs[0] if node.op_type == "Identity" and node.domain == "" else None
         if source is None:
             continue
-        result, maker = node.outputs[0], source.producer()
-        can_be_output = maker is not None and maker.graph is graph and not source.is_graph_output()
-        if not result.is_graph_output() or can_be_output:
-            editor.replace(result, source)
+        if can_stand_for(node.outputs[0], source):
+            editor.replace(node.outputs[0], source)
             graph.remove(node, safe=True)
             dropped += 1
     return dropped
@@ -95,7 +93,7 @@ def _merge_nodes(graph: ir.Graph, editor: Editor) -> int:
 
 def _node_key(node: ir.Node) -> Hashable | None:
     """Equal for nodes that compute the same; None where that cannot be said."""
-    if node.op_type in _RANDOM or node.domain not in _PURE_DOMAINS:
+    if node.op_type in _NOT_MERGED or node.domain not in _PURE_DOMAINS:
         return None
     attributes = []
     for name in sorted(node.attributes):

@@ -145,6 +145,30 @@ def is_constant(value: ir.Value | None) -> bool:
     )
 
 
+def name_nodes(model: ir.Model) -> None:
+    """Give every node a name of its own, also across subgraphs: decisions refer to nodes by name."""
+    taken: set[str] = set()
+    numbers: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        stem = node.name or f"{node.op_type}/{next((v.name for v in node.outputs if v.name), 'unnamed')}"
+        name = stem
+        while name in taken:
+            numbers[stem] = numbers.get(stem, 0) + 1
+            name = f"{stem}_{numbers[stem]}"
+        node.name = name
+        taken.add(name)
+
+
+def can_stand_for(old: ir.Value, new: ir.Value) -> bool:
+    """Whether `new` can take the place of `old` without an Identity to make a graph output."""
+    maker, owner = new.producer(), old.producer()
+    if not old.is_graph_output():
+        return True
+    return (
+        maker is not None and owner is not None and maker.graph is owner.graph and not new.is_graph_output()
+    )
+
+
 class Editor:
     """Adds nodes and constants with names that are free, and moves uses from one value to another."""
 
@@ -290,8 +314,7 @@ class Editor:
             return
         owner = old.producer()
         assert owner is not None  # a graph output that is an input is never rewritten
-        maker = new.producer()
-        if maker is None or new.is_graph_output() or maker.graph is not owner.graph:
+        if not can_stand_for(old, new):
             new = self.value("Identity", [new], before=owner, stem=f"{old.name}/source", like=old)
         name = old.name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
@@ -321,7 +344,7 @@ def _remove_dead_nodes(graph: ir.Graph) -> int:
         if any(value.uses() or value.is_graph_output() for value in node.outputs):
             removed += sum(_remove_dead_nodes(body) for body in bodies(node))
         else:
-            _detach_bodies(node)
+            detach_bodies(node)
             graph.remove(node, safe=True)
             removed += 1
     return removed
@@ -338,11 +361,11 @@ def bodies(node: ir.Node) -> list[ir.Graph]:
     return found
 
 
-def _detach_bodies(node: ir.Node) -> None:
+def detach_bodies(node: ir.Node) -> None:
     """Let the nodes inside forget what they read, so that it no longer counts as used."""
     for body in bodies(node):
         body.outputs.clear()
         for inner in body:
-            _detach_bodies(inner)
+            detach_bodies(inner)
             for place in range(len(inner.inputs)):
                 inner.replace_input_with(place, None)

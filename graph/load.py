@@ -14,9 +14,11 @@ import onnx_ir.passes.common as stock
 from google.protobuf.message import DecodeError
 
 from .checks import check_structure, graphs_of, nodes_of, open_weights
+from .edit import name_nodes
 from .errors import ModelError
 from .metadata import drop_metadata, strip_metadata
 from .model import Model, Origin, Task
+from .shapes import quiet
 from .weights import MappedTensor, SharedMap, is_file
 
 __all__ = ["drop_metadata", "file_digest", "load_model", "require_no_nan"]
@@ -62,18 +64,19 @@ def load_model(path: Path, *, task: Task | None = None) -> Model:
     data_files = open_weights(proto, path)
     _normalise(proto)
     try:
-        model = ir.from_proto(proto)
-        if model.functions:
-            model = stock.InlinePass()(model).model
-            stock.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-        stock.RemoveInitializersFromInputsPass()(model)
-        stock.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        with quiet("onnx_ir"):
+            model = ir.from_proto(proto)
+            if model.functions:
+                model = stock.InlinePass()(model).model
+                stock.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+            stock.RemoveInitializersFromInputsPass()(model)
+            stock.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     except (RuntimeError, ValueError, TypeError) as error:  # onnx_ir's own errors are RuntimeErrors
         raise _not_understood(path, error) from error
     _adopt_weights(model, data_files)
     del proto
     model.ir_version = max(model.ir_version, 8)
-    _name_nodes(model)
+    name_nodes(model)
     files = {path.name: file_digest(path)}
     files |= {name: file_digest(source.path) for name, source in sorted(data_files.items())}
     return Model(model, origin=Origin(kind="onnx", name=path.name, files=files), task=task)
@@ -194,20 +197,6 @@ def _spell_out_strings(node: onnx.NodeProto) -> None:
         tensor = onnx.TensorProto(data_type=onnx.TensorProto.STRING, string_data=items)
         tensor.dims.extend([] if single else [len(items)])
         attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
-
-
-def _name_nodes(model: ir.Model) -> None:
-    """Give every node a name of its own, also across subgraphs: decisions refer to nodes by name."""
-    taken: set[str] = set()
-    numbers: dict[str, int] = {}
-    for node in model.graph.all_nodes():
-        stem = node.name or f"{node.op_type}/{next((v.name for v in node.outputs if v.name), 'unnamed')}"
-        name = stem
-        while name in taken:
-            numbers[stem] = numbers.get(stem, 0) + 1
-            name = f"{stem}_{numbers[stem]}"
-        node.name = name
-        taken.add(name)
 
 
 def _adopt_weights(model: ir.Model, data_files: dict[str, SharedMap]) -> None:

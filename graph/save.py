@@ -13,6 +13,7 @@ import onnx_ir as ir
 from .checks import graphs_of
 from .metadata import strip_metadata
 from .model import Model
+from .shapes import quiet
 
 INLINE_LIMIT_BYTES = 1 << 30
 _EXTERNAL_TENSOR_BYTES = 1024
@@ -22,7 +23,9 @@ _PRODUCER = "edgepress"
 
 def to_bytes(model: Model, *, with_shapes: bool = True) -> bytes:
     """The model with all weights as one ONNX protobuf (for models below 2 GB)."""
-    return _finished(ir.to_proto(model.ir), with_shapes)
+    with quiet("onnx_ir"):
+        proto = ir.to_proto(model.ir)
+    return _finished(proto, with_shapes)
 
 
 def save_model(
@@ -101,7 +104,8 @@ def _with_external_data(model: Model, file: BinaryIO, location: str) -> onnx.Mod
                     shape=ir.Shape(tensor.shape.numpy()),
                     name=name,
                 )
-        return ir.to_proto(model.ir)
+        with quiet("onnx_ir"):
+            return ir.to_proto(model.ir)
     finally:
         for value, tensor in kept:
             value.const_value = tensor

@@ -15,6 +15,12 @@ from .passes import Outcome, Pass
 
 # Larger weights stand in the skeleton as inputs; smaller ones may be shapes, axes, sizes.
 _SKELETON_TENSOR_BYTES = 1024
+_INFERENCE_ERRORS = (
+    onnx.shape_inference.InferenceError,
+    onnx.checker.ValidationError,
+    RuntimeError,
+    ValueError,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,13 +31,12 @@ class InferShapes(Pass):
         """See `Pass.run`."""
         outcome = Outcome()
         try:
-            inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+            inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
+        except _INFERENCE_ERRORS as error:
             outcome.refuse("graph", "shapes", str(error).strip().splitlines()[0])
             return outcome
-        with kept_interface(model):
-            pairs = zip(model.all_graphs(), _graphs_of(ir.from_proto(inferred).graph), strict=True)
-            outcome.count("shape", sum(_adopt(own, found) for own, found in tuple(pairs)))
+        pairs = zip(model.all_graphs(), _graphs_of(ir.from_proto(inferred).graph), strict=True)
+        outcome.count("shape", sum(_adopt(own, found) for own, found in tuple(pairs)))
         return outcome
 
 
@@ -60,8 +65,22 @@ def quiet(logger_name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _skeleton(model: Model) -> onnx.ModelProto:
+def is_consistent(model: Model) -> bool:
+    """Whether every operator accepts the types and shapes of its operands."""
+    try:
+        onnx.shape_inference.infer_shapes(skeleton(model), check_type=True, strict_mode=True)
+    except _INFERENCE_ERRORS:
+        return False
+    return True
+
+
+def skeleton(model: Model) -> onnx.ModelProto:
     """The model as a protobuf in which large weights are inputs of the same type and shape."""
+    with quiet("onnx_ir"):
+        return _skeleton(model)
+
+
+def _skeleton(model: Model) -> onnx.ModelProto:
     proto = onnx.ModelProto(ir_version=model.ir.ir_version)
     for domain, version in model.graph.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)
@@ -94,10 +113,15 @@ def _graphs_of(graph: ir.Graph) -> Iterator[ir.Graph]:
 
 
 def _adopt(own: ir.Graph, found: ir.Graph) -> int:
-    """Copy types and shapes from an equal graph; returns how many shapes are new."""
+    """Copy types and shapes from an equal graph; returns how many shapes are new.
+
+    What the graph declares for its outputs stays.
+    """
     new = 0
     for node, twin in zip(own, found, strict=True):
         for value, known in zip(node.outputs, twin.outputs, strict=True):
+            if value.is_graph_output():
+                continue
             if known.shape is not None and value.shape != known.shape:
                 value.shape = known.shape
                 new += 1

@@ -55,6 +55,16 @@ def scalar_term(value: ir.Value | None) -> Term | None:
     return None if known is None else known.term
 
 
+def constant_sizes(value: ir.Value | None) -> list[int] | int | None:
+    """Like `size_terms`, where every term is a known number; an int for a scalar."""
+    known = _terms(value, _DEPTH)
+    if isinstance(known, _Scalar):
+        return known.term if isinstance(known.term, int) else None
+    if known is None or not all(isinstance(term, int) for term in known):
+        return None
+    return [term for term in known if isinstance(term, int)]
+
+
 class _Scalar(NamedTuple):
     """The term of a tensor of rank 0 (a list stands for rank 1)."""
 

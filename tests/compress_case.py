@@ -1,4 +1,4 @@
-"""What the tests of compress/ share: models in text form, running them unoptimised, quantizing with true ranges."""
+"""What the tests of compress/ share: models in text form, plain running, quantizing with true ranges."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random(seed, *shape, scale=1.0):
 
 
 def parse(text, weights=None, opset=20):
-    """A `Model` of a graph in onnx's text form ("[name] y = Op(x)"), loaded as from a file, shapes inferred."""
+    """A `Model` of a graph in onnx's text form ("[name] y = Op(x)"), as loaded from a file."""
     proto = onnx.parser.parse_model(
         f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\ng {text}'
     )
@@ -123,7 +123,9 @@ def true_ranges(model, names, feeds_list):
     runner = session(watched)
     found: dict[str, tuple[float, float]] = {}
     for feeds in feeds_list:
-        results = dict(zip((item.name for item in runner.get_outputs()), runner.run(None, feeds), strict=True))
+        results = dict(
+            zip((item.name for item in runner.get_outputs()), runner.run(None, feeds), strict=True)
+        )
         for name in names:
             array = (results | feeds)[name]
             low, high = found.get(name, (np.inf, -np.inf))
@@ -142,7 +144,9 @@ def quantized(model, plan, feeds_list=()):
 
 def sqnr_db(reference, found):
     noise = float(np.square(reference.astype(np.float64) - found).sum())
-    return np.inf if noise == 0 else 10 * np.log10(float(np.square(reference.astype(np.float64)).sum()) / noise)
+    return (
+        np.inf if noise == 0 else 10 * np.log10(float(np.square(reference.astype(np.float64)).sum()) / noise)
+    )
 
 
 def relative_l2(reference, found):
@@ -169,96 +173,82 @@ def _conv_weights(**shapes):
     return {name: random(place, *shape, scale=0.3) for place, (name, shape) in enumerate(shapes.items())}
 
 
-_IN, _OUT = "(float[N,4,8,8] x)", "(float[N,O,P,Q] y)"
-_SAME = "<pads = [1, 1, 1, 1]>"
+IN, OUT = "(float[N,4,8,8] x)", "(float[N,O,P,Q] y)"
 _W = _conv_weights(w=(8, 4, 3, 3), b=(8,), v=(8, 8, 3, 3), c=(8,))
 
+
+def _cnn(body, outputs=OUT, more=None):
+    """(text, weights) of a net on 4 x 8 x 8 images; SAME keeps the size of a 3 x 3 convolution."""
+    return f"{IN} => {outputs} {{ {body} }}".replace("SAME", "<pads = [1, 1, 1, 1]>"), _W | (more or {})
+
+
+_FIRST, _LAST = "[c1] a = Conv SAME (x, w, b)", "[c2] y = Conv SAME (r, v, c)"
 ZOO = {
-    "relu": (f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a) [c2] y = Conv {_SAME} (r, v, c) }}", _W),
-    "no-bias": (f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w) r = Relu(a) [c2] y = Conv {_SAME} (r, v) }}", _W),
-    "clip": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Clip(a, low, high) [c2] y = Conv {_SAME} (r, v, c) }}",
-        _W | {"low": np.float32(0), "high": np.float32(1.5)},
+    "relu": _cnn(f"{_FIRST} r = Relu(a) {_LAST}"),
+    "no-bias": _cnn("[c1] a = Conv SAME (x, w) r = Relu(a) [c2] y = Conv SAME (r, v)"),
+    "clip": _cnn(
+        f"{_FIRST} r = Clip(a, low, high) {_LAST}", more={"low": np.float32(0), "high": np.float32(1.5)}
     ),
-    "grouped": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a)"
-        " [c2] y = Conv <pads = [1, 1, 1, 1], group = 2> (r, v, c) }",
-        _conv_weights(w=(8, 4, 3, 3), b=(8,), v=(8, 4, 3, 3), c=(8,)),
+    "grouped": _cnn(
+        f"{_FIRST} r = Relu(a) [c2] y = Conv <pads = [1, 1, 1, 1], group = 2> (r, v, c)",
+        more=_conv_weights(v=(8, 4, 3, 3)),
     ),
-    "depthwise": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a)"
-        " [c2] d = Conv <pads = [1, 1, 1, 1], group = 8> (r, v, c) s = Relu(d) [c3] y = Conv(s, p) }",
-        _conv_weights(w=(8, 4, 3, 3), b=(8,), v=(8, 1, 3, 3), c=(8,), p=(8, 8, 1, 1)),
+    "depthwise": _cnn(
+        f"{_FIRST} r = Relu(a) [c2] d = Conv <pads = [1, 1, 1, 1], group = 8> (r, v, c) s = Relu(d)"
+        " [c3] y = Conv(s, p)",
+        more=_conv_weights(v=(8, 1, 3, 3), p=(8, 8, 1, 1)),
     ),
-    "leaky": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) [l] r = LeakyRelu(a) [c2] y = Conv {_SAME} (r, v, c) }}",
-        _W,
+    "leaky": _cnn(f"{_FIRST} [l] r = LeakyRelu(a) {_LAST}"),
+    "average-pool": _cnn(
+        f"{_FIRST} q = Relu(a) [p] r = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (q) {_LAST}"
     ),
-    "average-pool": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a)"
-        f" [p] q = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (r) [c2] y = Conv {_SAME} (q, v, c) }}",
-        _W,
+    "max-pool": _cnn(
+        f"{_FIRST} r = Relu(a) q = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)"
+        " [c2] y = Conv SAME (q, v, c)"
     ),
-    "max-pool": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a)"
-        f" q = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r) [c2] y = Conv {_SAME} (q, v, c) }}",
-        _W,
+    "concat": _cnn(
+        f"{_FIRST} r = Relu(a) [c2] s = Conv SAME (r, v, c) [k] t = Concat <axis = 1> (r, s)"
+        " [c3] y = Conv(t, p)",
+        more=_conv_weights(p=(8, 16, 1, 1)),
     ),
-    "concat": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a) [c2] s = Conv {_SAME} (r, v, c)"
-        " [k] t = Concat <axis = 1> (r, s) [c3] y = Conv(t, p) }",
-        _W | _conv_weights(p=(8, 16, 1, 1)),
+    "hard-swish": _cnn(f"{_FIRST} r = HardSwish(a) {_LAST}"),
+    "hard-swish-parts": _cnn(
+        f"{_FIRST} [plus] t = Add(a, three) k = Clip(t, low, six) [times] m = Mul(a, k)"
+        f" [scaled] r = Mul(m, sixth) {_LAST}",
+        more={"three": np.float32(3), "low": np.float32(0), "six": np.float32(6), "sixth": np.float32(1 / 6)},
     ),
-    "hard-swish": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = HardSwish(a) [c2] y = Conv {_SAME} (r, v, c) }}",
-        _W,
+    "silu": _cnn(f"{_FIRST} [s] g = Sigmoid(a) [m] r = Mul(a, g) {_LAST}"),
+    "residual": _cnn(
+        f"{_FIRST} r = Relu(a) [c2] d = Conv SAME (r, v, c) [add] t = Add(d, r) u = Relu(t)"
+        " [c3] y = Conv SAME (u, v, c)"
     ),
-    "hard-swish-parts": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) [plus] t = Add(a, three) k = Clip(t, low, six)"
-        f" [times] m = Mul(a, k) [scaled] r = Mul(m, sixth) [c2] y = Conv {_SAME} (r, v, c) }}",
-        _W | {"three": np.float32(3), "low": np.float32(0), "six": np.float32(6), "sixth": np.float32(1 / 6)},
+    "two-heads": _cnn(
+        f"{_FIRST} r = Relu(a) {_LAST} [c3] z = Conv <strides = [2, 2]> (r, p)",
+        "(float[N,O,P,Q] y, float[N,R,S,T] z)",
+        _conv_weights(p=(8, 8, 3, 3)),
     ),
-    "silu": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) [s] g = Sigmoid(a) [m] r = Mul(a, g)"
-        f" [c2] y = Conv {_SAME} (r, v, c) }}",
-        _W,
+    "output-in-the-middle": _cnn(f"{_FIRST} r = Relu(a) {_LAST}", "(float[N,O,P,Q] y, float[N,8,8,8] a)"),
+    "pool-first": _cnn(
+        "q = MaxPool <kernel_shape = [2, 2]> (x) [c1] a = Conv SAME (q, w, b) r = Relu(a)"
+        " [c2] y = Conv SAME (r, v, c)"
     ),
-    "residual": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a) [c2] d = Conv {_SAME} (r, v, c)"
-        f" [add] t = Add(d, r) u = Relu(t) [c3] y = Conv {_SAME} (u, v, c) }}",
-        _W,
+    "squeeze-excite": _cnn(
+        f"{_FIRST} r = Relu(a) [p] q = GlobalAveragePool(r) [c2] e = Conv(q, f) [s] g = Sigmoid(e)"
+        " [m] t = Mul(r, g) [c3] y = Conv SAME (t, v, c)",
+        more=_conv_weights(f=(8, 8, 1, 1)),
     ),
-    "two-heads": (
-        f"{_IN} => (float[N,O,P,Q] y, float[N,R,S,T] z) {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a)"
-        f" [c2] y = Conv {_SAME} (r, v, c) [c3] z = Conv <strides = [2, 2]> (r, p) }}",
-        _W | _conv_weights(p=(8, 8, 3, 3)),
-    ),
-    "output-in-the-middle": (
-        f"{_IN} => (float[N,O,P,Q] y, float[N,8,8,8] a) {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a)"
-        f" [c2] y = Conv {_SAME} (r, v, c) }}",
-        _W,
-    ),
-    "pool-first": (
-        f"{_IN} => {_OUT} {{ q = MaxPool <kernel_shape = [2, 2]> (x) [c1] a = Conv {_SAME} (q, w, b)"
-        f" [c2] d = Conv(x, w) r = Relu(a) [c3] y = Conv {_SAME} (r, v, c) }}".replace("[c2] d = Conv(x, w) ", ""),
-        _W,
-    ),
-    "squeeze-excite": (
-        f"{_IN} => {_OUT} {{ [c1] a = Conv {_SAME} (x, w, b) r = Relu(a) [p] q = GlobalAveragePool(r)"
-        f" [c2] e = Conv(q, f) [s] g = Sigmoid(e) [m] t = Mul(r, g) [c3] y = Conv {_SAME} (t, v, c) }}",
-        _W | _conv_weights(f=(8, 8, 1, 1)),
-    ),
-    "classifier": (
-        "(float[N,4,8,8] x) => (float[N,32] y) { [c1] a = Conv (x, w, b) r = Relu(a) [p] q = GlobalAveragePool(r)"
-        " f = Flatten(q) [g1] h = Gemm <transB = 1> (f, m, n) k = Relu(h) [g2] l = Gemm(k, o, e) y = Softmax(l) }",
-        _W | _conv_weights(m=(256, 8), n=(256,), o=(256, 32), e=(32,)),
+    "classifier": _cnn(
+        "[c1] a = Conv (x, w, b) r = Relu(a) [p] q = GlobalAveragePool(r) f = Flatten(q)"
+        " [g1] h = Gemm <transB = 1> (f, m, n) k = Relu(h) [g2] l = Gemm(k, o, e) y = Softmax(l)",
+        "(float[N,32] y)",
+        _conv_weights(m=(256, 8), n=(256,), o=(256, 32), e=(32,)),
     ),
     "matmul-3d": (
         "(float[N,S,64] x) => (float[N,S,64] y) { [m1] a = MatMul(x, w) d = Add(a, b) g = Gelu(d)"
         " [m2] e = MatMul(g, v) f = Add(e, b) y = Add(f, x) }",
         _conv_weights(w=(64, 64), b=(64,), v=(64, 64)),
     ),
-}  # fmt: skip
+}
 
 
 def zoo(name):

@@ -21,7 +21,9 @@ def audited(model, plan, feeds, target, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["residual", "classifier", "concat", "silu", "average-pool", "leaky", "matmul-3d"])
+@pytest.mark.parametrize(
+    "name", ["residual", "classifier", "concat", "silu", "average-pool", "leaky", "matmul-3d"]
+)
 def test_integer_kernels_are_recognised(name, target, tmp_path):
     model, feeds = case.zoo(name)
     plan = case.plan_of(model, target, quantization="static")
@@ -45,7 +47,17 @@ def test_every_runtime_op_of_the_profiles_is_recognised(tmp_path):
             result = audited(model, plan, feeds, case.X86, tmp_path)
             assert result.silent_floats == ()
             shown |= {item.runtime_op for item in result.findings}
-    planned = {"MatMul", "Gemm", "Conv", "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu"}
+    planned = {
+        "MatMul",
+        "Gemm",
+        "Conv",
+        "Add",
+        "Mul",
+        "Concat",
+        "AveragePool",
+        "GlobalAveragePool",
+        "LeakyRelu",
+    }
     profile = load_target(case.X86)
     promised = {
         op
@@ -59,7 +71,8 @@ def test_every_runtime_op_of_the_profiles_is_recognised(tmp_path):
 
 
 CHAIN = """(float[N,S,64] x, int64[N] i) => (float[N,S,64] y) { [g] e = Gather(t, i) f = Unsqueeze(e, axis)
-    h = Add(x, f) [m1] a = MatMul(h, w) d = Add(a, b) k = Gelu(d) [m2] c = MatMul(k, v) [m3] y = MatMul(c, v) }"""
+    h = Add(x, f) [m1] a = MatMul(h, w) d = Add(a, b) k = Gelu(d) [m2] c = MatMul(k, v) [m3] y =
+    MatMul(c, v) }"""
 SHARED = CHAIN.replace("k = Gelu(d) [m2] c = MatMul(k, v)", "k = Gelu(d) [m2] r = MatMul(h, v) c = Add(k, r)")
 
 
@@ -70,7 +83,9 @@ def chain(text=CHAIN):
 
 
 def conv_relu(symmetric):
-    text = "(float[N,4,8,8] x) => (float[N,8,6,6] y) { [c1] a = Conv(x, w, b) r = Relu(a) [c2] y = Conv(r, v) }"
+    text = (
+        "(float[N,4,8,8] x) => (float[N,8,6,6] y) { [c1] a = Conv(x, w, b) r = Relu(a) [c2] y = Conv(r, v) }"
+    )
     text = text.replace("8,6,6] y", "8,4,4] y")
     weights = {"w": case.random(0, 8, 4, 3, 3), "b": case.random(1, 8), "v": case.random(2, 8, 8, 3, 3)}
     model = case.parse(text, weights)
@@ -107,18 +122,6 @@ def test_the_same_net_with_a_free_zero_point_has_nothing_to_find(tmp_path):
     assert demote_silent_floats(plan, result) == plan
 
 
-def hand_made(text, weights, planned, tmp_path):
-    """An audit of a graph with Q/DQ written by hand."""
-    model = case.parse(text, weights)
-    save_model(model, tmp_path / "m.onnx")
-    decisions = tuple(
-        Decision(node=node, op=op, group=node, form="static", weight=weight, reason="")
-        for node, op, weight in planned
-    )
-    plan = Plan(target="t", precision="int8", quantization="static", decisions=decisions)
-    return plan, audit(tmp_path / "m.onnx", plan, load_target(case.X86))
-
-
 QUANTIZED_X = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
 STORED = {
     "w.int8": np.ones((64, 64), np.int8),
@@ -129,16 +132,12 @@ STORED = {
 }
 
 
-def dotted(text):
-    """onnx's text form has no dots in names."""
-    return text
-
-
 def stored(**more):
     return {name.replace(".", "_"): array for name, array in STORED.items()} | more
 
 
 def rename(model):
+    """onnx's text form has no dots in names: w_int8 becomes w.int8."""
     for value in list(model.graph.initializers.values()):
         if value.name == "w_int8":
             model.graph.initializers.pop("w_int8")
@@ -159,7 +158,8 @@ def audit_by_hand(text, planned, tmp_path, **more):
 
 
 def test_a_gemm_with_only_its_input_quantized_is_found(tmp_path):
-    text = f"""(float[N,64] x) => (float[N,64] y) {{ {QUANTIZED_X} e = DequantizeLinear <axis = 0> (w_int8, w_s, w_z)
+    text = f"""(float[N,64] x) => (float[N,64] y) {{ {QUANTIZED_X} e = DequantizeLinear <axis = 0>
+    (w_int8, w_s, w_z)
         [g1] y = Gemm <transB = 1> (d, e, b) }}"""
     plan, result = audit_by_hand(text, [("g1", "Gemm", "w")], tmp_path, b=case.random(0, 64))
     assert result.findings == (Finding(node="g1", runtime_op="Gemm", integer=False),)
@@ -168,7 +168,8 @@ def test_a_gemm_with_only_its_input_quantized_is_found(tmp_path):
 
 
 def test_a_float_gemm_made_of_matmul_and_add_is_named(tmp_path):
-    text = f"""(float[N,64] x) => (float[N,64] y) {{ {QUANTIZED_X} e = DequantizeLinear <axis = 1> (w_int8, w_s, w_z)
+    text = f"""(float[N,64] x) => (float[N,64] y) {{ {QUANTIZED_X} e = DequantizeLinear <axis = 1>
+    (w_int8, w_s, w_z)
         [m1] a = MatMul(d, e) y = Add(a, b) }}"""
     _, result = audit_by_hand(text, [("m1", "MatMul", "w")], tmp_path, b=case.random(0, 64))
     assert result.findings == (Finding(node="m1", runtime_op="Gemm", integer=False),)
@@ -210,7 +211,9 @@ def test_an_integer_kernel_of_another_operator_does_not_count(tmp_path):
     )
     lowered = case.quantized(model, plan, feeds)
     save_model(lowered, tmp_path / "m.onnx")
-    found = {item.node: item.integer for item in audit(tmp_path / "m.onnx", wrong, load_target(case.X86)).findings}
+    found = {
+        item.node: item.integer for item in audit(tmp_path / "m.onnx", wrong, load_target(case.X86)).findings
+    }
     assert found == {"c1": True, "c2": True, "add": False, "c3": True}
 
 
@@ -221,7 +224,10 @@ def test_integers_that_nobody_planned_are_told(tmp_path):
     save_model(lowered, tmp_path / "m.onnx")
     claimed = plan.revert(frozenset({"c2", "add"}), "test")
     result = audit(tmp_path / "m.onnx", claimed, load_target(case.X86))
-    assert [(item.node, item.runtime_op) for item in result.unplanned] == [("c2", "QLinearConv"), ("add", "QLinearAdd")]
+    assert [(item.node, item.runtime_op) for item in result.unplanned] == [
+        ("c2", "QLinearConv"),
+        ("add", "QLinearAdd"),
+    ]
 
 
 def test_a_profile_that_names_no_runtime_ops(tmp_path):

@@ -142,7 +142,9 @@ def test_a_second_reader_in_the_middle_is_no_gelu():
 
 
 def test_x_may_be_read_elsewhere_and_be_an_output():
-    text = f"(float[N,8] z) => (float[N,8] y, float[N,8] x) {{ x = Neg(z) {ERF} {COMBINATIONS['half-first']} }}"
+    text = (
+        f"(float[N,8] z) => (float[N,8] y, float[N,8] x) {{ x = Neg(z) {ERF} {COMBINATIONS['half-first']} }}"
+    )
     model = case.parse(text, NUMBERS)
     case.assert_rewritten(model, GeluFromParts(), [{"z": case.random(0, 4, 8)}])
 
@@ -188,9 +190,10 @@ def test_in_both_branches_of_an_if():
 
 @pytest.mark.parametrize("exponent", [np.inf, np.nan, -1.0, 0.5, 100.0])
 def test_odd_exponents_do_no_harm(exponent):
-    body = "c = Pow(x, odd) k = Mul(c, cubic) i = Add(x, k) a = Mul(i, slope) e = Tanh(a) " + COMBINATIONS[
-        "half-first"
-    ]
+    body = (
+        "c = Pow(x, odd) k = Mul(c, cubic) i = Add(x, k) a = Mul(i, slope) e = Tanh(a) "
+        + COMBINATIONS["half-first"]
+    )
     case.assert_refused(gelu(body, odd=np.float32(exponent)), GeluFromParts())
 
 

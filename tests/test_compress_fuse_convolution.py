@@ -19,7 +19,7 @@ def statistics(channels, seed=0):
 BN = "BatchNormalization(c, gamma, beta, mean, var)"
 
 
-def conv(op="Conv", attributes="", bias=False, weight=(6, 4, 3, 3), channels=6, norm=BN, opset=15, **more):
+def conv(*, op="Conv", attributes="", bias=False, weight=(6, 4, 3, 3), channels=6, norm=BN, opset=15, **more):
     operands = "x, w, b" if bias else "x, w"
     call = f"{op} <{attributes}> ({operands})" if attributes else f"{op}({operands})"
     text = f"(float[N,4,H,W] x) => (float[N,{channels},P,Q] y) {{ c = {call} y = {norm} }}"
@@ -91,7 +91,10 @@ def test_a_tied_weight_keeps_its_other_reader():
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ({"norm": BN.replace("(c", " <training_mode = 0> (x"), "channels": 4}, "there is no convolution in front of it"),
+        (
+            {"norm": BN.replace("(c", " <training_mode = 0> (x"), "channels": 4},
+            "there is no convolution in front of it",
+        ),
         ({"op": "ConvTranspose", "attributes": "group = 2", "weight": (4, 3, 3, 3)},
          "grouped transposed convolutions keep their channels in two axes"),
         ({"var": np.full(6, -1.0, np.float32)}, "its variance is not positive"),
@@ -127,17 +130,17 @@ def test_other_readers_and_outputs_are_refused():
 
 
 def test_computed_weights_and_statistics_are_refused():
-    text = "(float[N,4,H,W] x, float[6,4,3,3] w) => (float[N,6,P,Q] y) { c = Conv(x, w) y = %s }" % BN
+    text = f"(float[N,4,H,W] x, float[6,4,3,3] w) => (float[N,6,P,Q] y) {{ c = Conv(x, w) y = {BN} }}"
     model = case.parse(text, statistics(6), 15)
     case.assert_refused(model, FoldBatchNorm(), "the convolution's weights are computed")
-    text = "(float[N,4,H,W] x, float[6] gamma) => (float[N,6,P,Q] y) { c = Conv(x, w) y = %s }" % BN
+    text = f"(float[N,4,H,W] x, float[6] gamma) => (float[N,6,P,Q] y) {{ c = Conv(x, w) y = {BN} }}"
     rest = {name: array for name, array in statistics(6).items() if name != "gamma"}
     model = case.parse(text, rest | {"w": case.random(1, 6, 4, 3, 3)}, 15)
     case.assert_refused(model, FoldBatchNorm(), "its statistics are computed")
 
 
 def test_a_scaled_gemm_bias_is_refused():
-    text = "(float[N,4] x) => (float[N,6] y) { c = Gemm <beta = 2.0> (x, w, b) y = %s }" % BN
+    text = f"(float[N,4] x) => (float[N,6] y) {{ c = Gemm <beta = 2.0> (x, w, b) y = {BN} }}"
     model = case.parse(text, {"w": case.random(1, 4, 6), "b": case.random(2, 6)} | statistics(6), 15)
     case.assert_refused(model, FoldBatchNorm(), "the Gemm scales its bias")
 
@@ -156,7 +159,9 @@ def test_a_convolution_outside_of_the_branch_stays_outside():
         y = If (f) <then_branch = t () => (float[1,6,3,3] y1) {{ y1 = {BN} }},
                     else_branch = e () => (float[1,6,3,3] y2) {{ y2 = Identity(zero) }}> }}"""
     weights = {"w": case.random(1, 6, 4, 3, 3), "zero": np.zeros((1, 6, 3, 3), np.float32)} | statistics(6)
-    case.assert_refused(case.parse(text, weights, 15), FoldBatchNorm(), "there is no convolution in front of it")
+    case.assert_refused(
+        case.parse(text, weights, 15), FoldBatchNorm(), "there is no convolution in front of it"
+    )
 
 
 def test_inside_of_a_branch():

@@ -37,6 +37,7 @@ def norm(
     square="pow",
     quotient="div",
     affine="both",
+    *,
     opset=18,
     variance="v = ReduceMean(q, axis)",
     mean="u = ReduceMean(x, axis)",
@@ -94,9 +95,11 @@ def test_an_add_behind_that_is_no_shift_stays():
             {"weights": {"shift": case.random(0, 1)}},
             ["gain or shift is not one number per element of the last axis"],
         ),
-        ({"opset": 16, "mean": "u = ReduceMean <axes = [-1]> (x)", "variance": "v = ReduceMean <axes = [-1]> (q)"},
+        ({"opset": 16, "mean": ("u = ReduceMean <axes = [-1]> "
+"(x)"), "variance": "v = ReduceMean <axes = [-1]> (q)"},
          ["LayerNormalization needs operator set 17, the model has 16"]),
-        ({"mean": "u = ReduceMean <axes = [1]> (x)", "variance": "v = ReduceMean <axes = [1]> (q)", "opset": 17}, []),
+        ({"mean": ("u = ReduceMean <axes = [1]> "
+"(x)"), "variance": "v = ReduceMean <axes = [1]> (q)", "opset": 17}, []),
     ],
 )  # fmt: skip
 def test_look_alikes(what, reasons):
@@ -127,7 +130,8 @@ def test_exponent_and_order_matter():
 def test_other_types_are_refused(onnx_type, dtype):
     numbers = {k: v if v.dtype == np.int64 else v.astype(dtype) for k, v in NUMBERS.items()}
     text = f"""({onnx_type}[B,8] x) => ({onnx_type}[B,8] y) {{ u = ReduceMean(x, axis) d = Sub(x, u)
-        q = Pow(d, two) v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(d, s) y = Mul(n, gain) }}"""
+        q = Pow(d, two) v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(d, s) y =
+        Mul(n, gain) }}"""
     case.assert_refused(case.parse(text, numbers, 18), LayerNormFromParts(), "x is not known to be float32")
 
 
@@ -143,7 +147,10 @@ def test_outputs_in_the_middle():
         q = Pow(d, two) v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) n = Div(d, s) m = Mul(n, gain)
         y = Add(m, shift) }"""
     feeds = [{"x": case.random(0, 3, 8)}]
-    left = {"d": {"LayerNormalization": 1, "ReduceMean": 1, "Sub": 1}, "m": {"LayerNormalization": 1, "Add": 1}}
+    left = {
+        "d": {"LayerNormalization": 1, "ReduceMean": 1, "Sub": 1},
+        "m": {"LayerNormalization": 1, "Add": 1},
+    }
     for name, operators in left.items():
         model = case.parse(text.replace("{0}", name), NUMBERS, 18)
         assert case.operators(case.assert_rewritten(model, LayerNormFromParts(), feeds)) == operators
@@ -155,7 +162,8 @@ def test_in_the_body_of_a_loop_with_outer_weights():
     text = """(int64 n, bool c, float[2,8] x) => (float[2,8] y) {
         y = Loop (n, c, x) <body = step (int64 i, bool go, float[2,8] a) => (bool go2, float[2,8] z) {
             go2 = Identity(go) u = ReduceMean(a, axis) d = Sub(a, u) q = Pow(d, two)
-            v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) k = Div(d, s) m = Mul(k, gain) z = Add(m, shift)
+            v = ReduceMean(q, axis) b = Add(v, eps) s = Sqrt(b) k = Div(d, s) m = Mul(k, gain) z =
+            Add(m, shift)
         }> }"""
     feeds = [{"n": np.array(3), "c": np.array(True), "x": case.random(0, 2, 8)}]
     changed = case.assert_rewritten(case.parse(text, NUMBERS, 18), LayerNormFromParts(), feeds)

@@ -104,7 +104,10 @@ def test_branches_share_the_stored_weight(make):
 
 
 def test_outputs_keep_their_names():
-    text = "(float[N,8] x) => (float[N,8] first, float[N,8] second) { [q] first = MatMul(x, w) second = Relu(first) }"
+    text = (
+        "(float[N,8] x) => (float[N,8] first, float[N,8] second) { [q] first = "
+        "MatMul(x, w) second = Relu(first) }"
+    )
     model = case.parse(text, {"w": case.random(1, 8, 8)})
     lowered, _ = apply(model, dynamic("q"))
     assert lowered.outputs == model.outputs
@@ -177,7 +180,9 @@ def test_blocks_in_the_runtime(depth):
 
 
 def test_an_old_operator_set_is_lifted():
-    model = case.parse("(float[N,8] x) => (float[N,8] y) { [q] y = MatMul(x, w) }", {"w": case.random(1, 8, 8)}, 9)
+    model = case.parse(
+        "(float[N,8] x) => (float[N,8] y) { [q] y = MatMul(x, w) }", {"w": case.random(1, 8, 8)}, 9
+    )
     lowered, records = apply(model, dynamic("q"))
     assert (lowered.opset, model.opset) == (11, 9)
     assert [record.name for record in records] == ["LiftOpset", "QuantizeDynamic"]

@@ -145,7 +145,10 @@ def test_a_pool_beside_another_reader_of_the_input():
     lowered = case.quantized(model, plan, feeds)
     assert lowered.outputs == model.outputs
     assert case.node_of(lowered, "MaxPool").inputs[0].producer().op_type == "DequantizeLinear"
-    assert all(case.sqnr_db(a, b) > 30 for a, b in zip(case.run(model, feeds[0]), case.run(lowered, feeds[0]), strict=True))
+    assert all(
+        case.sqnr_db(a, b) > 30
+        for a, b in zip(case.run(model, feeds[0]), case.run(lowered, feeds[0]), strict=True)
+    )
 
 
 def test_tied_weights_are_stored_once_and_biases_per_scale():
@@ -215,9 +218,14 @@ def test_gemm_biases_of_every_shape(bias, transposed):
 
 @pytest.mark.parametrize("shape", ["N,64", "2,4,64"])
 def test_a_product_that_the_runtime_would_fuse_into_a_float_gemm_gives_integers(shape):
-    """With a 2-D product or fixed sizes onnxruntime fuses MatMul + Add into a float Gemm: see has_float_output."""
-    text = f"(float[{shape}] x) => (float[{shape}] y) {{ [m1] a = MatMul(x, w) g = Add(a, b) [m2] y = MatMul(g, v) }}"
-    model = case.parse(text, {"w": case.random(1, 64, 64), "b": case.random(2, 64), "v": case.random(3, 64, 64)})
+    """2-D or with fixed sizes, MatMul + Add would become a float Gemm: see has_float_output."""
+    text = (
+        f"(float[{shape}] x) => (float[{shape}] y) {{ [m1] a = MatMul(x, w) g = "
+        f"Add(a, b) [m2] y = MatMul(g, v) }}"
+    )
+    model = case.parse(
+        text, {"w": case.random(1, 64, 64), "b": case.random(2, 64), "v": case.random(3, 64, 64)}
+    )
     feeds = [{"x": case.random(4, *((3, 64) if shape[0] == "N" else (2, 4, 64)))}]
     plan = case.plan_of(model, quantization="static")
     assert static_layout(model, plan.decisions).rerouted == {"a"}
@@ -249,7 +257,14 @@ def test_attention_keeps_its_inner_products_and_mask_in_float(target):
     model, feeds = attention()
     plan = case.plan_of(model, target, quantization="static")
     forms = {item.node: item.form for item in plan.decisions}
-    assert forms == {"q": "static", "k": "static", "v": "static", "o": "static", "scores": "float", "context": "float"}
+    assert forms == {
+        "q": "static",
+        "k": "static",
+        "v": "static",
+        "o": "static",
+        "scores": "float",
+        "context": "float",
+    }
     assert set(static_layout(model, plan.decisions).source) == {"x", "j"}
     lowered = case.quantized(model, plan, feeds)
     found = kernels(lowered, target)
@@ -263,7 +278,9 @@ def test_constants_become_stored_integers():
     _, _, lowered, _ = static("hard-swish-parts")
     assert {"three.uint8", "sixth.uint8"} <= set(lowered.graph.initializers)
     assert lowered.graph.initializers["three.uint8"].dtype == ir.DataType.UINT8
-    assert not any(n.op_type == "QuantizeLinear" and n.inputs[0].const_value is not None for n in lowered.graph)
+    assert not any(
+        n.op_type == "QuantizeLinear" and n.inputs[0].const_value is not None for n in lowered.graph
+    )
 
 
 def test_missing_and_unusable_ranges():
@@ -284,7 +301,13 @@ def test_a_planned_node_without_constant_weight_is_a_bug():
     scheme = Scheme(dtype="int8", symmetric=True, granularity="per-channel", axis=1)
     activation = Scheme(dtype="uint8", symmetric=False)
     decision = Decision(
-        node="m", op="MatMul", group="m", form="static", activation=activation, weight_scheme=scheme, reason=""
+        node="m",
+        op="MatMul",
+        group="m",
+        form="static",
+        activation=activation,
+        weight_scheme=scheme,
+        reason="",
     )
     plan = Plan(target="t", precision="int8", quantization="static", decisions=(decision,))
     with pytest.raises(InternalError, match="no constant weight"):
@@ -314,12 +337,11 @@ INTEGER_OF = {"Conv": "QLinearConv", "Gemm": "QGemm", "MatMul": "MatMulIntegerTo
 
 
 REVERTED = [
-    (name, node)
-    for name, (text, _) in case.ZOO.items()
-    for node in re.findall(r"\[(\w+)\] \w+ = ", text)
+    (name, node) for name, (text, _) in case.ZOO.items() for node in re.findall(r"\[(\w+)\] \w+ = ", text)
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "node"), REVERTED)
 def test_a_node_that_goes_back_to_float_really_computes_in_float(name, node):
     """onnxruntime quantizes the weights of a float Conv between Q/DQ by itself (WeightBiasQuantization)."""
@@ -359,7 +381,9 @@ def test_a_float_bias_product_between_integers():
 
 
 def test_a_softmax_between_integers_stays_float():
-    text = f"{case._IN} => {case._OUT} {{ [c1] a = Conv (x, w) s = Softmax <axis = 1> (a) [c2] y = Conv (s, v) }}"
+    text = (
+        f"{case.IN} => {case.OUT} {{ [c1] a = Conv (x, w) s = Softmax <axis = 1> (a) [c2] y = Conv (s, v) }}"
+    )
     model = case.parse(text, {"w": case.random(0, 8, 4, 3, 3), "v": case.random(1, 8, 8, 3, 3)})
     feeds = [{"x": case.random(4, 3, 4, 8, 8)}]
     lowered = case.quantized(model, case.plan_of(model, quantization="static"), feeds)

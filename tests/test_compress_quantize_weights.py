@@ -27,7 +27,11 @@ def slow(weight, axis, largest_integer):
         largest = max((abs(float(value)) for value in channel.ravel()), default=0.0)
         scale = np.float32(largest / largest_integer) if largest > 0 else np.float32(1)
         row = [int(np.rint(np.float32(value) / scale)) for value in channel.ravel()]
-        rows.append(np.array([max(-largest_integer, min(largest_integer, item)) for item in row]).reshape(channel.shape))
+        rows.append(
+            np.array([max(-largest_integer, min(largest_integer, item)) for item in row]).reshape(
+                channel.shape
+            )
+        )
         scales.append(scale)
     if axis is None:
         return rows[0], scales[0]
@@ -87,7 +91,9 @@ def test_a_weight_without_a_scale(wrong):
     assert raised.value.remedy == "keep it in float: --keep-float 'head.w'"
 
 
-@pytest.mark.parametrize(("depth", "width", "size"), [(128, 3, 128), (100, 5, 32), (256, 4, 128), (16, 1, 16)])
+@pytest.mark.parametrize(
+    ("depth", "width", "size"), [(128, 3, 128), (100, 5, 32), (256, 4, 128), (16, 1, 16)]
+)
 def test_blocks_against_a_slow_loop(depth, width, size):
     weight = case.random(2, depth, width)
     weight[:size, 0] = 0

@@ -12,6 +12,7 @@ from ...graph.errors import InternalError
 from ...graph.model import Model
 from ...graph.passes import Outcome, Pass
 from ...graph.scheme import Scheme
+from ..operands import TABLE_OPS
 from ..plan import Decision
 from .weights import quantize_weight
 
@@ -115,7 +116,7 @@ def _to_integers(node: ir.Node, decision: Decision, graph: ir.Graph, editor: Edi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeTables(Pass):
-    """Store planned embedding tables (Gather on axis 0) as int8 with one scale per row.
+    """Store planned embedding tables (Gather or Slice on axis 0) as int8 with one scale per row.
 
     The rows that are looked up become float again: a quarter of the memory traffic and file, and no
     error from rows that other rows would have stretched the range for.
@@ -128,7 +129,7 @@ class QuantizeTables(Pass):
         outcome = Outcome()
         editor = Editor(model)
         planned = {
-            item.node: item for item in self.decisions if item.form == "weight-only" and item.op == "Gather"
+            item.node: item for item in self.decisions if item.form == "weight-only" and item.op in TABLE_OPS
         }
         stored: dict[int, tuple[ir.Value, ir.Value]] = {}
         for graph in model.all_graphs():
@@ -136,7 +137,7 @@ class QuantizeTables(Pass):
                 decision = planned.get(node.name or "")
                 if decision is not None:
                     _to_table(node, decision, graph, editor, stored)
-                    outcome.count("Gather-int8-rows")
+                    outcome.count(f"{node.op_type}-int8-rows")
         remove_dead(model)
         return outcome
 
@@ -148,7 +149,7 @@ def _to_table(
     editor: Editor,
     stored: dict[int, tuple[ir.Value, ir.Value]],
 ) -> None:
-    table, rows = node.inputs[0], node.inputs[1]
+    table, rows = node.inputs[0], list(node.inputs[1:])
     if table is None or table.const_value is None or decision.weight_scheme is None:
         raise InternalError("a planned table is not constant", where=decision.node)
     if id(table) not in stored:
@@ -161,10 +162,11 @@ def _to_table(
         )
     integers_value, scale_value = stored[id(table)]
     result = node.outputs[0]
+    attributes = {"axis": 0} if node.op_type == "Gather" else {}
     picked = editor.value(
-        "Gather",
-        [integers_value, rows],
-        {"axis": 0},
+        node.op_type,
+        [integers_value, *rows],
+        attributes,
         before=node,
         stem=f"{result.name}/int8",
         like=result,
@@ -174,9 +176,9 @@ def _to_table(
         "Cast", [picked], {"to": int(ir.DataType.FLOAT)}, before=node, stem=f"{result.name}/real", like=result
     )
     factor = editor.value(
-        "Gather",
-        [scale_value, rows],
-        {"axis": 0},
+        node.op_type,
+        [scale_value, *rows],
+        attributes,
         before=node,
         stem=f"{result.name}/scale",
         dtype=ir.DataType.FLOAT,

@@ -94,12 +94,12 @@ class QuantizeStatic(Pass):
     """Insert the Q/DQ pairs of a layout and store the planned weights as int8, biases as int32."""
 
     decisions: tuple[Decision, ...]
+    layout: Layout
     ranges: Ranges = dataclasses.field(default_factory=dict, repr=False)
 
     def run(self, model: Model) -> Outcome:
         """See `Pass.run`."""
-        outcome = Outcome()
-        layout = static_layout(model, self.decisions)
+        outcome, layout = Outcome(), self.layout
         if layout.activation is None:
             return outcome
         editor = Editor(model)
@@ -294,9 +294,7 @@ def _store_weight(
         bias_integers = np.clip(np.rint(flat / unit), -_INT32_LIMIT, _INT32_LIMIT).astype(np.int32)
         made = QuantizedWeight(ir.tensor(bias_integers), unit)
         zeros = np.zeros(unit.shape, np.int32)
-        node.replace_input_with(
-            2, stored.dequantized(bias, made, zeros, node=node, suffix="int32", axis=0)
-        )
+        node.replace_input_with(2, stored.dequantized(bias, made, zeros, node=node, suffix="int32", axis=0))
     zero_point = np.zeros(contents.scale.shape, np.int8)
     node.replace_input_with(
         1, stored.dequantized(weight, contents, zero_point, node=node, suffix="int8", axis=scheme.axis)
