@@ -5,7 +5,7 @@ from __future__ import annotations
 import calibration_case as case
 import numpy as np
 import pytest
-from edgepress.calibration.collect import check_observable, collect_ranges
+from edgepress.calibration.collect import check_observable, collect_channel_limits, collect_ranges
 from edgepress.calibration.data import open_data
 from edgepress.graph.errors import DataError, ModelError
 from edgepress.runtimes.ort_runtime import OrtSession
@@ -53,6 +53,16 @@ def test_ranges_are_those_of_the_tensors(data, budget):
                 (values.min(), values.max()), rel=1e-6
             )
     assert model.structure_hash() == before
+
+
+def test_channel_limits_are_those_of_the_last_axis(data):
+    found = collect_channel_limits(case.model_of(CHAIN), ["b", "x", "y"], data)
+    assert set(found) == {"b", "x", "y"}
+    for name, (low, high) in found.items():
+        values = everything(data)[name]
+        np.testing.assert_allclose(low, values.min(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(high, values.max(axis=0), rtol=1e-6)
+        assert low.dtype == np.float32
 
 
 def test_segments_keep_to_the_budget_and_to_few_passes(data):

@@ -149,6 +149,20 @@ def test_two_lookups_share_a_table():
     assert sorted(lowered.graph.initializers) == ["t.int8", "t.scale"]
 
 
+def test_a_slice_of_a_table_bit_by_bit():
+    text = """(int64[1] n) => (float[N,16] y) <int64[1] zero = {0}> {
+        [g] y = Slice(t, zero, n, zero) }"""
+    rows = case.random(1, 40, 16)
+    lowered, records = apply(
+        case.parse(text, {"t": rows}),
+        dynamic("g", op="Slice", form="weight-only", weight_scheme=ROWS),
+    )
+    assert records[0].applied == {"Slice-int8-rows": 1}
+    scale = (np.abs(rows).max(axis=1).astype(np.float64) / 127).astype(np.float32)[:, None]
+    expected = np.rint(rows / scale).astype(np.float32) * scale
+    np.testing.assert_array_equal(case.run(lowered, {"n": np.array([7])})[0], expected[:7])
+
+
 def test_a_table_in_a_branch():
     text = """(bool f, int64[2] i) => (float[2,16] y) {
         y = If (f) <then_branch = t () => (float[2,16] y1) { [g] y1 = Gather(t, i) },

@@ -156,7 +156,7 @@ ZOO = {
         i = Identity(x)  y = Identity(i)  k = Constant <value_strings = ["bc", "ü"]> ()
         z = Concat <axis = 0> (i, k) }""",
     "integers": """g (int64[N] x) => (int64[N] y) <int64 zero = {0}, int64[1] one = {1}, int64[2] c = {-7, 7},
-        int64 two = {2}> { a = Add(x, zero)  b = Div(a, one)  q = Div(c, two)  
+        int64 two = {2}> { a = Add(x, zero)  b = Div(a, one)  q = Div(c, two)
         s = ReduceSum <keepdims = 0> (q)  y = Add(b, s) }""",
     "names like fresh ones": """g (float[N,M] axes, float[N,M] x) => (float[1,1,N,M] y)
         <int64[1] axes_1 = {0}, float[1] axes_2 = {3}> {

@@ -64,7 +64,8 @@ class QuantizeBlocks(Pass):
                 if node.name in planned:
                     _to_blocks(node, graph, editor, stored)
                     outcome.count("MatMul-blocks")
-        remove_dead(model)
+        if outcome.applied:
+            remove_dead(model)
         return outcome
 
 

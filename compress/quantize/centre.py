@@ -78,7 +78,8 @@ class CentreActivations(Pass):
                 continue
             _shift(node, (low + high) / 2, readers, editor)
             outcome.count(CENTRE)
-        remove_dead(model)
+        if outcome.applied:
+            remove_dead(model)
         return outcome
 
 

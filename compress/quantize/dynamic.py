@@ -40,7 +40,8 @@ class QuantizeDynamic(Pass):
                 if decision is not None:
                     _to_integers(node, decision, graph, editor, quantized)
                     outcome.count(f"{node.op_type}-dynamic")
-        remove_dead(model)
+        if outcome.applied:
+            remove_dead(model)
         return outcome
 
 
@@ -138,7 +139,8 @@ class QuantizeTables(Pass):
                 if decision is not None:
                     _to_table(node, decision, graph, editor, stored)
                     outcome.count(f"{node.op_type}-int8-rows")
-        remove_dead(model)
+        if outcome.applied:
+            remove_dead(model)
         return outcome
 
 

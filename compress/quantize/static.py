@@ -129,7 +129,8 @@ class QuantizeStatic(Pass):
                 outcome.count("q-dq-pair")
                 if is_output:
                     _hand_over_output(value, real, model.graph, editor)
-        remove_dead(model)
+        if outcome.applied:
+            remove_dead(model)
         return outcome
 
 
