@@ -340,12 +340,15 @@ def test_tables():
     assert reason.startswith("no weight-only kernel for Gather")
 
 
+SLICE = """(int64[1] n) => (float[N,64] y) <int64[1] zero = {0}, int64[1] one = {1}> {
+    [g] y = Slice(t, zero, n) }"""
+
+
 def test_slices_of_tables():
     big = {"t": case.random(0, 200, 64)}
-    text = "(int64[1] n) => (float[N,64] y) <int64[1] zero = {0}, int64[1] one = {1}> {{ [g] y = Slice(t, zero, n{}) }}"
-    assert one(text.format(", zero"), big, "g")[0] == "weight-only"
-    assert one(text.format(""), big, "g")[0] == "weight-only"
-    assert decisions(text.format(", one").replace("[N,64]", "[200,N]"), big) == {}
+    assert one(SLICE, big, "g")[0] == "weight-only"
+    assert one(SLICE.replace("n)", "n, zero)"), big, "g")[0] == "weight-only"
+    assert decisions(SLICE.replace("n)", "n, one)").replace("[N,64]", "[200,N]"), big) == {}
 
 
 def test_tables_that_are_needed_in_float_anyway():

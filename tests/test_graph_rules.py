@@ -27,7 +27,7 @@ def rewrite(name, text, opset=17):
 
 # A mask as current exporters write it: rows and columns by Range, joined to indices of GatherND.
 MASK = """g (bool[N,S] m) => (bool[A,B,C,D] y) <int64[1] i0 = {0}, int64[1] i1 = {1}, int64 zero = {0},
-    int64 one = {1}, int64[3] rows = {1,2,3}, int64[3] columns = {0,1,2}, int64[1] last = {-1}, int64[1] none = {0}> {
+    int64 one = {1}, int64[N] r, int64[S] c, int64[3] rows = {1,2,3}, int64[3] columns = {0,1,2}, int64[1] last = {-1}, int64[1] none = {0}> {
     s = Shape(m)  n0 = Gather(s, i0)  n1 = Gather(s, i1)  n = Squeeze(n0, none)  k = Squeeze(n1, none)
     r = Range(zero, n, one)  c = Range(zero, k, one)
     ru = Unsqueeze(r, rows)  cu = Unsqueeze(c, columns)
@@ -126,7 +126,7 @@ APPLIED = [
     ),
     (
         "always-true",
-        """g (bool[N,1] m, bool[N,S] x, int64 n) => (bool[N,S] y) <int64 zero = {0}, int64 one = {1}, int64[1] ax = {0}> {
+        """g (bool[N,1] m, bool[N,S] x, int64 n) => (bool[N,S] y) <int64[S] r, int64 zero = {0}, int64 one = {1}, int64[1] ax = {0}> {
         s = Shape <start = 1, end = 2> (x)  k = Squeeze(s, ax)  r = Range(zero, k, one)  g = GreaterOrEqual(r, zero)
         t = And(g, g)  a = And(m, t)  y = And(a, x) }""",
         ["And"],
