@@ -347,8 +347,8 @@ SLICE = """(int64[1] n) => (float[N,64] y) <int64[1] zero = {0}, int64[1] one = 
 def test_slices_of_tables():
     big = {"t": case.random(0, 200, 64)}
     assert one(SLICE, big, "g")[0] == "weight-only"
-    assert one(SLICE.replace("n)", "n, zero)"), big, "g")[0] == "weight-only"
-    assert decisions(SLICE.replace("n)", "n, one)").replace("[N,64]", "[200,N]"), big) == {}
+    assert one(SLICE.replace("zero, n)", "zero, n, zero)"), big, "g")[0] == "weight-only"
+    assert decisions(SLICE.replace("zero, n)", "zero, n, one)").replace("[N,64]", "[200,N]"), big) == {}
 
 
 def test_tables_that_are_needed_in_float_anyway():
