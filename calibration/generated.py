@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 
 from ..graph.errors import DataError, NotSupported
 from ..graph.model import Model, TensorSpec
+from ..graph.tables import index_bounds
 from .schema import Array, Feeds, near_names, numpy_type, quoted
 from .source import content_key, stack
-
-# Operators that hand token ids on unchanged on their way to an embedding table.
-_TRANSPARENT = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 
 
 class RandomSource:
@@ -165,30 +162,5 @@ def _unknown_size(spec: TensorSpec) -> DataError:
 
 
 def index_limits(model: Model) -> dict[str, int]:
-    """How many rows the smallest table has that each integer input indexes: ids must stay below.
-
-    Follows an input through Cast, Reshape and the like to every Gather on an initializer (axis 0
-    or any other); inputs that index nothing are absent.
-    """
-    limits = {}
-    for value in model.graph.inputs:
-        if value.name is None or value.name in model.graph.initializers:
-            continue
-        sizes = list(_table_sizes(value, set()))
-        if sizes:
-            limits[value.name] = min(sizes)
-    return limits
-
-
-def _table_sizes(value: ir.Value, seen: set[int]) -> Iterator[int]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    for node, index in value.uses():
-        if node.op_type in _TRANSPARENT and index == 0:
-            yield from _table_sizes(node.outputs[0], seen)
-        elif node.op_type == "Gather" and index == 1:
-            table = node.inputs[0]
-            axis = node.attributes.get_int("axis", 0)
-            if table is not None and table.const_value is not None:
-                yield table.const_value.shape.numpy()[axis]
+    """The exclusive upper bound of each integer input that indexes a table (see `index_bounds`)."""
+    return index_bounds(model)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from ..graph.errors import ModelError
 from ..graph.model import Model, TensorSpec
+from ..graph.tables import index_bounds
 
 Array = npt.NDArray[np.generic]
 Feeds = dict[str, Array]
@@ -20,13 +20,6 @@ _BATCHES = (1, 3, 2)
 # every graph takes short sequences or small images.
 _SIZES = (((16, 9, 24), (64, 96, 64)), ((128, 64, 96), (224, 256, 192)), ((1, 1, 1), (32, 32, 32)))
 _PROBE_LENGTHS = (64, 128, 32, 96, 48, 112, 24, 80)
-# Operators that look rows up in a table: {position of the indices: position of the table}.
-_LOOKUPS: dict[tuple[str, str], dict[int, int]] = {
-    ("", "Gather"): {1: 0},
-    ("com.microsoft", "GatherBlockQuantized"): {1: 0},
-    ("com.microsoft", "EmbedLayerNormalization"): {0: 2, 1: 4},
-}
-_TRANSPARENT = frozenset({"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog")
 
 
@@ -82,52 +75,6 @@ def _samples(
             feeds[spec.name] = _values(spec, shape, bounds.get(spec.name), rng)
         samples.append(feeds)
     return tuple(samples)
-
-
-def index_bounds(model: Model) -> dict[str, int]:
-    """For each integer input that indexes a table of known size: the number of its rows.
-
-    Follows the input through casts and reshapes to Gather and the runtime's embedding operators;
-    the smallest table counts.
-    """
-    found = {}
-    for value in model.graph.inputs:
-        sizes = list(_table_sizes(value))
-        if value.name and sizes:
-            found[value.name] = min(sizes)
-    return found
-
-
-def _table_sizes(value: ir.Value) -> Iterator[int]:
-    queue, seen = [value], set()
-    while queue:
-        current = queue.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        for node, position in current.uses():
-            tables = _LOOKUPS.get((node.domain, node.op_type), {})
-            if position in tables:
-                attribute = node.attributes.get("axis", node.attributes.get("gather_axis"))
-                size = _rows(node.inputs[tables[position]], 0 if attribute is None else attribute.as_int())
-                if size is not None:
-                    yield size
-            elif node.op_type in _TRANSPARENT and position == 0:
-                queue.append(node.outputs[0])
-
-
-def _rows(table: ir.Value | None, axis: int) -> int | None:
-    """The size of a table along `axis`, also where it is stored quantized."""
-    while table is not None:
-        shape = table.const_value.shape if table.const_value is not None else table.shape
-        size = None if shape is None else shape[axis]
-        if isinstance(size, int):
-            return size
-        producer = table.producer()
-        if producer is None or producer.op_type not in {"DequantizeLinear", "Identity", "Cast"}:
-            return None
-        table = producer.inputs[0]
-    return None
 
 
 def _shape(

@@ -23,12 +23,11 @@ _MOST_OPEN_FILES = 16
 Nodes = onnx.GraphProto | onnx.FunctionProto
 
 
-def check_structure(proto: onnx.ModelProto, *, where: str) -> None:
-    """Run onnx's checker on the structure (without weight data, so that size does not matter).
+def check_text(proto: onnx.ModelProto, *, where: str) -> None:
+    """Refuse a file without a graph, and one whose names are not text (protobuf does not look).
 
     Raises:
-        ModelError: with the checker's own words.
-        NotSupported: for sparse tensors and values that are maps.
+        ModelError: if so.
     """
     if not proto.HasField("graph") or not proto.opset_import:
         raise ModelError(
@@ -37,6 +36,45 @@ def check_structure(proto: onnx.ModelProto, *, where: str) -> None:
             why="it has no graph or no operator-set version",
             remedy="check that the file is complete; export it again",
         )
+    try:
+        if all(isinstance(name, str) for name in _names(proto)):
+            return
+        why = "a name in it is not UTF-8 text"
+    except UnicodeDecodeError as error:
+        why = str(error)
+    raise ModelError("the file is damaged", where=where, why=why, remedy="copy or export it again")
+
+
+def _names(proto: onnx.ModelProto) -> Iterator[str]:
+    for entry in proto.opset_import:
+        yield entry.domain
+    for item in proto.metadata_props:
+        yield from (item.key, item.value)
+    for function in proto.functions:
+        yield from (function.domain, function.name, function.overload)
+        yield from (*function.input, *function.output, *function.attribute)
+    for container in (proto.graph, *proto.functions):
+        for node in nodes_of(container):
+            yield from (node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
+        for _, attribute in attributes_of(container):
+            yield from (attribute.name, attribute.ref_attr_name)
+    for graph in graphs_of(proto.graph):
+        yield graph.name
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield value.name
+            yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+        for tensor in graph.initializer:
+            yield tensor.name
+            yield from (text for entry in tensor.external_data for text in (entry.key, entry.value))
+
+
+def check_structure(proto: onnx.ModelProto, *, where: str) -> None:
+    """Run onnx's checker on the structure (without weight data, so that size does not matter).
+
+    Raises:
+        ModelError: with the checker's own words.
+        NotSupported: for sparse tensors and values that are maps.
+    """
     _check_opsets(proto, where)
     _check_kinds(proto, where)
     try:
@@ -64,6 +102,9 @@ def _skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         else:
             graph.initializer.append(tensor)
+    for tensor in (*_attribute_tensors(skeleton), *_inner_weights(graph)):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:  # the checker would look for the file
+            tensor.CopyFrom(onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]))
     for value in (*graph.input, *graph.output):
         if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
             value.type.tensor_type.shape.SetInParent()  # an unknown rank is legal; the checker minds it
@@ -183,6 +224,19 @@ def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
+def _attribute_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for container in (proto.graph, *proto.functions):
+        for _, attribute in attributes_of(container):
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+
+
+def _inner_weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    for body in graphs_of(graph):
+        yield from body.initializer
+
+
 def open_weights(proto: onnx.ModelProto, path: Path) -> dict[str, SharedMap]:
     """Check every weight's type and size, and open every data file once, inside the model's folder.
 
@@ -193,18 +247,16 @@ def open_weights(proto: onnx.ModelProto, path: Path) -> dict[str, SharedMap]:
         ModelError: if a tensor's data does not fit its shape, or a data file is missing, unreadable,
             too short, or outside of the model's folder.
     """
-    for container in (proto.graph, *proto.functions):
-        for node, attribute in attributes_of(container):
-            for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
-                place = f"node {node.name or node.op_type!r}, attribute {attribute.name!r}"
-                if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                    raise ModelError(
-                        "a node attribute has external data",
-                        where=place,
-                        why="only initializers may be stored outside of the file",
-                        remedy="store the constant as an initializer, or inline",
-                    )
-                _check_inline(tensor, place)
+    for tensor in _attribute_tensors(proto):
+        place = f"constant {tensor.name!r}" if tensor.name else "a constant"
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise ModelError(
+                "a node attribute has external data",
+                where=place,
+                why="only initializers may be stored outside of the file",
+                remedy="store the constant as an initializer, or inline",
+            )
+        _check_inline(tensor, place)
     weights = [tensor for graph in graphs_of(proto.graph) for tensor in graph.initializer]
     external = [item for item in weights if item.data_location == onnx.TensorProto.EXTERNAL]
     locations = {_entries(tensor).get("location", "") for tensor in external}

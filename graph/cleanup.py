@@ -153,8 +153,8 @@ def _fold_weight(node: ir.Node, graph: ir.Graph, editor: Editor) -> bool:
         shape = ir.Shape([tensor.shape.numpy()[axis] for axis in perm])
         folded = _lazy(tensor, lambda array: array.transpose(perm), tensor.dtype, shape)
     else:
-        target = ir.DataType(node.attributes["to"].as_int())
-        if not (tensor.dtype.is_floating_point() and target == ir.DataType.FLOAT):
+        target = ir.DataType.FLOAT
+        if not tensor.dtype.is_floating_point() or node.attributes["to"].as_int() != target:
             return False
         folded = _lazy(tensor, lambda array: array.astype(np.float32), target, ir.Shape(tensor.shape.numpy()))
     node.replace_input_with(0, None)

@@ -305,10 +305,10 @@ class Editor:
         Where `new` cannot become the output itself (an input, a weight, another output, a value of
         an outer graph), an Identity makes the output from it.
         """
-        if new.shape is None and old.shape is not None:
-            new.shape = old.shape.copy()
-        if new.type is None:
-            new.type = copy.copy(old.type)
+        declared = new.is_graph_output() or new.is_graph_input()
+        if not declared:
+            new.shape = old.shape.copy() if new.shape is None and old.shape is not None else new.shape
+            new.type = copy.copy(old.type) if new.type is None else new.type
         if not old.is_graph_output():
             ir.convenience.replace_all_uses_with(old, new)
             return

@@ -21,6 +21,7 @@ from .edit import (
     bodies,
     can_stand_for,
     detach_bodies,
+    integers,
     is_constant,
     operand,
     remove_dead,
@@ -148,8 +149,8 @@ def _value(node: ir.Node, editor: Editor, outcome: Outcome) -> Array | None:
     """The node's result, if all of its inputs are small constants of plain numbers."""
     if node.op_type not in _FOLDED or len(node.outputs) != 1 or not node.inputs or bodies(node):
         return None
-    steps = small_constant(operand(node, 4)) if node.op_type == "Slice" else None
-    if steps is not None and (steps < 0).any():
+    steps = integers(operand(node, 4)) if node.op_type == "Slice" else None
+    if steps is not None and min(steps, default=1) < 0:
         return None  # the reference and the runtime disagree on ends beyond the axis
     if not all(value is None or is_constant(value) for value in node.inputs):
         return None

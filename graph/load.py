@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as stock
 from google.protobuf.message import DecodeError
 
-from .checks import check_structure, graphs_of, nodes_of, open_weights
+from .checks import check_structure, check_text, graphs_of, nodes_of, open_weights
 from .edit import name_nodes
 from .errors import ModelError
 from .metadata import drop_metadata, strip_metadata
@@ -60,9 +60,10 @@ def load_model(path: Path, *, task: Task | None = None) -> Model:
         NotSupported: for sparse tensors and values that are maps.
     """
     proto = _read_proto(path)
+    check_text(proto, where=path.name)
+    _normalise(proto)
     check_structure(proto, where=path.name)
     data_files = open_weights(proto, path)
-    _normalise(proto)
     try:
         with quiet("onnx_ir"):
             model = ir.from_proto(proto)
@@ -178,7 +179,8 @@ def _normalise(proto: onnx.ModelProto) -> None:
             entry.domain = "" if entry.domain == "ai.onnx" else entry.domain
     for body in (proto.graph, *proto.functions):
         for node in nodes_of(body):
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            node.domain = "" if node.domain == "ai.onnx" else node.domain
+            if node.op_type == "Constant" and not node.domain:
                 _spell_out_strings(node)
     for graph in graphs_of(proto.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):

@@ -114,10 +114,10 @@ def run_passes(model: Model, passes: Iterable[Pass]) -> list[PassRecord]:
 
 def _plain(value: object) -> object:
     """A value as it can stand in JSON: sets sorted, rules and other objects by their name."""
+    if isinstance(getattr(value, "name", None), str):  # first: rules are tuples, types are numbers
+        return value.name  # type: ignore[attr-defined]
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
-    if isinstance(getattr(value, "name", None), str):  # before tuple: rules are named tuples
-        return value.name  # type: ignore[attr-defined]
     if isinstance(value, (frozenset, set)):
         return sorted(str(_plain(item)) for item in value)
     if isinstance(value, (tuple, list)):

@@ -120,7 +120,8 @@ def quantize(values: FloatArray, scale: FloatArray, zero_point: IntArray, scheme
     Source: ONNX operator QuantizeLinear.
     """
     smallest, largest = scheme.limits
-    steps = np.rint(values / _along(scale, values.ndim, scheme.axis).astype(values.dtype))
+    with np.errstate(over="ignore"):  # what overflows lands on a limit all the same
+        steps = np.rint(values / _along(scale, values.ndim, scheme.axis).astype(values.dtype))
     shifted = steps + _along(zero_point, values.ndim, scheme.axis).astype(values.dtype)
     integers: IntArray = np.clip(shifted, smallest, largest).astype(scheme.numpy_dtype)
     return integers
