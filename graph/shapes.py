@@ -12,9 +12,11 @@ import onnx_ir as ir
 
 from .model import Model
 from .passes import Outcome, Pass
+from .symbolic import reshape_terms
 
 # Larger weights stand in the skeleton as inputs; smaller ones may be shapes, axes, sizes.
 _SKELETON_TENSOR_BYTES = 1024
+_ROUNDS = 4
 _INFERENCE_ERRORS = (
     onnx.shape_inference.InferenceError,
     onnx.checker.ValidationError,
@@ -30,14 +32,58 @@ class InferShapes(Pass):
     def run(self, model: Model) -> Outcome:
         """See `Pass.run`."""
         outcome = Outcome()
-        try:
-            inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
-        except _INFERENCE_ERRORS as error:
-            outcome.refuse("graph", "shapes", str(error).strip().splitlines()[0])
-            return outcome
-        pairs = zip(model.all_graphs(), _graphs_of(ir.from_proto(inferred).graph), strict=True)
-        outcome.count("shape", sum(_adopt(own, found) for own, found in tuple(pairs)))
+        for _ in range(_ROUNDS):
+            try:
+                inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
+            except _INFERENCE_ERRORS as error:
+                outcome.refuse("graph", "shapes", str(error).strip().splitlines()[0])
+                return outcome
+            with kept_interface(model):
+                pairs = zip(model.all_graphs(), _graphs_of(ir.from_proto(inferred).graph), strict=True)
+                outcome.count("shape", sum(_adopt(own, found) for own, found in tuple(pairs)))
+            if not _resolve_reshapes(model):
+                break
+            _forget_made_up_names(model)
         return outcome
+
+
+def _resolve_reshapes(model: Model) -> bool:
+    """Give Reshape outputs the axes that their shape arithmetic spells; whether any became known.
+
+    onnx's inference does not follow Concat(Shape(x), ...) into a Reshape when axes only have names.
+    """
+    found = False
+    for node in model.graph:
+        output = node.outputs[0]
+        if node.op_type != "Reshape" or node.domain or output.shape is None or output.is_graph_output():
+            continue
+        terms = reshape_terms(node)
+        if terms is None or len(terms) != len(output.shape):
+            continue
+        dims = list(output.shape)
+        for place, term in enumerate(terms):
+            known = (isinstance(term, int) and term >= 0) or (isinstance(term, str) and not _made_up(term))
+            if known and _is_unknown(dims[place]):
+                dims[place] = term if isinstance(term, int) else ir.SymbolicDim(str(term))
+                found = True
+        output.shape = ir.Shape(dims)
+    return found
+
+
+def _forget_made_up_names(model: Model) -> None:
+    """Let inference find again what it could only invent names for."""
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and not value.is_graph_output():
+                value.shape = ir.Shape([None if _is_unknown(dim) else dim for dim in value.shape])
+
+
+def _is_unknown(dim: int | ir.SymbolicDim) -> bool:
+    return not isinstance(dim, int) and (dim.value is None or _made_up(dim.value))
+
+
+def _made_up(name: str) -> bool:
+    return name.startswith("unk__")
 
 
 @contextlib.contextmanager
