@@ -245,7 +245,7 @@ def generated_data(
         n: how many samples.
         seed: the same seed gives the same samples everywhere.
         ranges: (low, high) of uniform floats, by input name.
-        index_limits: exclusive upper bound of integer inputs, by name (see `generated.index_limits`).
+        index_limits: exclusive upper bound of integer inputs, by name (see `graph.tables.index_bounds`).
         vocab_size: the bound for integer inputs that are not in `index_limits`.
 
     Raises:

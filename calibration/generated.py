@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from ..graph.errors import DataError, NotSupported
-from ..graph.model import Model, TensorSpec
-from ..graph.tables import index_bounds
+from ..graph.model import TensorSpec
 from .schema import Array, Feeds, near_names, numpy_type, quoted
 from .source import content_key, stack
 
@@ -159,8 +158,3 @@ def _unknown_size(spec: TensorSpec) -> DataError:
         why=f"the model declares {spec.shape}",
         remedy=f"pass --shape {spec.name}:{example} with the sizes that will be used",
     )
-
-
-def index_limits(model: Model) -> dict[str, int]:
-    """The exclusive upper bound of each integer input that indexes a table (see `index_bounds`)."""
-    return index_bounds(model)

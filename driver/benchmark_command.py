@@ -11,12 +11,12 @@ from pathlib import Path
 import msgspec
 
 from ..calibration.data import generated_data
-from ..calibration.generated import index_limits
 from ..compress.recipe import Recipe
 from ..export.environment import numeric_environment
 from ..export.manifest import SessionSettings
 from ..export.runs import append_run
 from ..graph.errors import OutputError, RecipeError, RuntimeUnavailable
+from ..graph.tables import index_bounds
 from ..runtimes.base import Array
 from ..runtimes.ort_runtime import OrtSession
 from ..runtimes.peak_memory import measure_peak_memory
@@ -98,7 +98,7 @@ def _inputs(opened: Opened, shapes: dict[str, tuple[int, ...]], seed: int) -> Se
     chosen = input_shapes(model, Recipe(target="host", shapes=shapes))
     batch = next((shape[0] for shape in chosen.values() if shape), 1)
     data = generated_data(
-        model.inputs, chosen, _INPUT_SETS * batch, seed=seed, index_limits=index_limits(model)
+        model.inputs, chosen, _INPUT_SETS * batch, seed=seed, index_limits=index_bounds(model)
     )
     return [feeds for feeds, _ in data.batches(batch)]
 

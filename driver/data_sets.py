@@ -6,9 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ..calibration.data import CalibrationData, generated_data, open_data, require_disjoint, split_data
-from ..calibration.generated import index_limits
 from ..compress.cost import DEFAULT_BATCH, DEFAULT_LENGTH
 from ..graph.errors import DataError, RecipeError
+from ..graph.tables import index_bounds
 
 if TYPE_CHECKING:
     from ..compress.recipe import Recipe
@@ -91,7 +91,7 @@ def _generated(model: Model, recipe: Recipe, vocab_size: int | None) -> DataSets
         input_shapes(model, recipe),
         max(total, 2),
         recipe.seed,
-        index_limits=index_limits(model),
+        index_limits=index_bounds(model),
         vocab_size=vocab_size,
     )
     kept, held_out = split_data(made, seed=recipe.seed)

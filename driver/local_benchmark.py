@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 
 from ..calibration.data import generated_data
-from ..calibration.generated import index_limits
 from ..graph.errors import RuntimeUnavailable
+from ..graph.tables import index_bounds
 from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from ..runtimes.peak_memory import measure_peak_memory
@@ -39,7 +39,7 @@ def timing_inputs(
     Latency does not depend on the values, so this needs no user data and is the same everywhere.
     """
     made = generated_data(
-        model.inputs, shapes, 1, seed, index_limits=index_limits(model), vocab_size=vocab_size
+        model.inputs, shapes, 1, seed, index_limits=index_bounds(model), vocab_size=vocab_size
     )
     return {name: np.asarray(values) for name, values in next(iter(made)).items()}
 

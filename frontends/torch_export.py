@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ..graph.cleanup import FoldConstants, FoldWeights, RemoveUnused
 from ..graph.errors import ModelError, NotSupported, RuntimeUnavailable
-from ..graph.load import drop_metadata
+from ..graph.metadata import drop_metadata
 from ..graph.model import Model, Origin
 from ..graph.passes import run_passes
 from ..graph.save import save_model

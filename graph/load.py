@@ -16,12 +16,10 @@ from google.protobuf.message import DecodeError
 from .checks import check_structure, check_text, graphs_of, nodes_of, open_weights
 from .edit import name_nodes
 from .errors import ModelError
-from .metadata import drop_metadata, strip_metadata
+from .metadata import strip_metadata
 from .model import Model, Origin, Task
 from .shapes import quiet
 from .weights import MappedTensor, SharedMap, is_file
-
-__all__ = ["drop_metadata", "file_digest", "load_model", "require_no_nan"]
 
 # (position, magic bytes, what it is)
 _SIGNATURES = (

@@ -9,10 +9,11 @@ import calibration_case as case
 import numpy as np
 import pytest
 from edgepress.calibration.data import generated_data, open_data, require_disjoint, split_data
-from edgepress.calibration.generated import index_limits, resolve_shapes
+from edgepress.calibration.generated import resolve_shapes
 from edgepress.calibration.stored import open_arrays
 from edgepress.graph.errors import DataError, NotSupported
 from edgepress.graph.model import TensorSpec
+from edgepress.graph.tables import index_bounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -413,4 +414,4 @@ def test_index_limits_follow_ids_to_their_table():
     <float[5, 2] table = {0,1,2,3,4,5,6,7,8,9}>
     { wide = Cast <to: int = 7> (ids)  y = Gather (table, wide)  z = Identity (x) }"""
     model = Model(ir.from_onnx_text(text), origin=Origin(kind="memory", name="m"))
-    assert index_limits(model) == {"ids": 5}
+    assert index_bounds(model) == {"ids": 5}

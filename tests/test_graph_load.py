@@ -11,7 +11,8 @@ import pytest
 import zoo
 from edgepress.graph.cleanup import exact_cleanup
 from edgepress.graph.errors import EdgepressError, ModelError, NotSupported
-from edgepress.graph.load import drop_metadata, load_model, require_no_nan
+from edgepress.graph.load import load_model, require_no_nan
+from edgepress.graph.metadata import drop_metadata
 from edgepress.graph.passes import run_passes
 from edgepress.graph.save import to_bytes
 from edgepress.graph.weights import MappedTensor, SharedMap
