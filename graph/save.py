@@ -15,7 +15,8 @@ from .metadata import strip_metadata
 from .model import Model
 from .shapes import quiet
 
-INLINE_LIMIT_BYTES = 1 << 30
+INLINE_LIMIT_BYTES = 1 << 26
+"""Weights of more bytes go to a data file: writing them inline takes several times their memory."""
 _EXTERNAL_TENSOR_BYTES = 1024
 _ALIGNMENT_BYTES = 64
 _PRODUCER = "edgepress"
