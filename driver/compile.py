@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +34,7 @@ from .data_sets import DataSets, check_shapes, input_shapes, open_data_sets
 from .local_benchmark import COMPILED, WITHOUT_OPTIONS, time_against_baseline, timing_inputs
 from .reporter import Reporter, SilentReporter
 from .result import CompileResult, Sizes
+from .workspace import workspace
 
 if TYPE_CHECKING:
     from ..calibration.drift import DriftReport
@@ -88,8 +88,8 @@ def compile_model(
     if output is not None and not dry_run:
         check_output(Path(output), overwrite)
     work.open_source(str(model), tokenizer, preprocessor)
-    with tempfile.TemporaryDirectory(prefix="edgepress-") as folder:
-        work.folder = Path(folder)
+    with workspace() as folder:
+        work.folder = folder
         work.open_data(calib, eval_data)
         work.prepare(str(model))
         work.plan()
