@@ -93,12 +93,12 @@ def make_model(folder: Path, gigabytes: float) -> Path:
             nodes.append(helper.make_node("Add", [value, residual], [f"layer{layer}.sum"]))
             value = f"layer{layer}.sum"
     nodes.append(helper.make_node("Identity", [value], ["y"]))
-    shape = ["batch", "length", _WIDTH]
+    axes = ["batch", "length", _WIDTH]
     graph = helper.make_graph(
         nodes,
         "large",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, axes)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, axes)],
         tensors,
     )
     model = helper.make_model(
