@@ -93,7 +93,7 @@ def make_model(folder: Path, gigabytes: float) -> Path:
             nodes.append(helper.make_node("Add", [value, residual], [f"layer{layer}.sum"]))
             value = f"layer{layer}.sum"
     nodes.append(helper.make_node("Identity", [value], ["y"]))
-    axes = ["batch", "length", _WIDTH]
+    axes: list[str | int | None] = ["batch", "length", _WIDTH]
     graph = helper.make_graph(
         nodes,
         "large",

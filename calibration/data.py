@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..frontends.imports import is_import_path
 from ..graph.errors import DataError
 from ..graph.model import TensorSpec
-from . import arrays, programs, rows, text
+from . import arrays, images, programs, rows, text
 from .generated import generated_source
 from .schema import Feeds, near_names, quoted
 from .source import Labels, Opened, Pairs, SampleSource
@@ -148,29 +149,39 @@ def open_data(
     seed: int = 0,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     classes: Sequence[str] = (),
+    preprocessor: Path | None = None,
 ) -> CalibrationData:
     """Open calibration or evaluation data for a model.
 
     Args:
-        source: a .npz, .npy, .txt, .jsonl, .csv or .tsv file, a folder of .npy/.npz files, or the
-            import path `module:function` of a generator.
+        source: a .npz, .npy, .txt, .jsonl, .csv or .tsv file, a folder of .npy/.npz files or of
+            images (.jpg, .png, .bmp, .webp), or the import path `module:function` of a generator.
         inputs: the model's inputs.
         encoder: the model's tokenizer; texts need it.
         samples: how many to draw, all by default (of similarity pairs: rows).
         seed: seed of the shuffle that draws them; never a prefix of the file is taken.
         shapes: deployed input shapes; texts are cut at their sequence length.
         classes: the model's class names, which give class names in the data their index.
+        preprocessor: the model's preprocessor_config.json; images need it.
 
     Raises:
         DataError: if the data is missing, malformed, or does not fit the inputs.
+        RuntimeUnavailable: if images are given and Pillow is missing.
     """
     path = Path(source)
-    if programs.is_import_path(source) and not path.exists():
+    if is_import_path(source) and not path.exists():
         opened = programs.open_program(source, inputs, samples, seed)
         name = source
     else:
         opened = _open_path(
-            path, inputs, samples, seed, encoder=encoder, shapes=shapes or {}, classes=classes
+            path,
+            inputs,
+            samples,
+            seed,
+            encoder=encoder,
+            shapes=shapes or {},
+            classes=classes,
+            preprocessor=preprocessor,
         )
         name = path.resolve().name
     return CalibrationData(
@@ -198,11 +209,14 @@ def _open_path(
     encoder: TextEncoder | None,
     shapes: Mapping[str, tuple[int, ...]],
     classes: Sequence[str],
+    preprocessor: Path | None,
 ) -> Opened:
     suffix = path.suffix.lower()
     if not path.exists():
         raise DataError("data does not exist", where=str(path), remedy=f"check the path{_siblings(path)}")
     try:
+        if path.is_dir() and images.holds_images(path):
+            return images.open_images(path, inputs, samples, seed, preprocessor=preprocessor, classes=classes)
         if path.is_dir():
             return arrays.open_folder(path, inputs, samples, seed, classes)
         if suffix in arrays.SUFFIXES:

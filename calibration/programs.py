@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..frontends.imports import USER_FAILURES, import_module
 from ..graph.errors import DataError
 from ..graph.model import TensorSpec
 from .arrays import check_labels
@@ -20,26 +17,6 @@ from .source import Opened, content_key, draw, stack
 
 # A generator is read once to its end before anything is drawn; one that never ends is stopped here.
 MAX_SAMPLES = 200_000
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-# What a user's function can be expected to raise; anything else is not about data.
-_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-
-
-def is_import_path(source: str) -> bool:
-    """Whether a data argument has the form `package.module:function`."""
-    return _IMPORT_PATH.fullmatch(source) is not None
 
 
 class ProgramSource:
@@ -195,16 +172,7 @@ def _as_array(values: object, where: str) -> Array:
 
 def _find(source: str) -> Any:
     module_name, function_name = source.split(":")
-    # Like `python -m`: modules beside the caller are found, though a console script does not look there.
-    folder = str(Path.cwd())
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    finally:
-        if added:
-            sys.path.remove(folder)
+    module = import_module(module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
         hint = near_names(function_name, dir(module))
@@ -220,7 +188,7 @@ def _find(source: str) -> Any:
 def _failures(source: str) -> Iterator[None]:
     try:
         yield
-    except _FAILURES as error:
+    except USER_FAILURES as error:
         raise DataError(
             "the data generator fails",
             where=source,

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from ..graph.edit import int_attribute
 from ..graph.model import Model
+from .operands import COMPUTE_OPS, CONVOLUTIONS
 
 DEFAULT_BATCH = 1
 DEFAULT_LENGTH = 128
@@ -72,6 +73,24 @@ def node_macs(node: ir.Node, sizes: Mapping[str, int]) -> int | None:
     if node.op_type == "MatMul":
         return _product(output) * weight[-2 if len(weight) > 1 else 0]
     return None
+
+
+def led_by_convolutions(model: Model, sizes: Mapping[str, int]) -> bool:
+    """Whether convolutions do at least half of the known multiply-accumulates.
+
+    Of a net whose convolutions have unknown shapes it is assumed; without a convolution it is not so.
+    """
+    convolutions = total = 0
+    for node in model.graph.all_nodes():
+        if node.op_type not in COMPUTE_OPS or node.domain not in ("", "ai.onnx"):
+            continue
+        macs = node_macs(node, sizes)
+        if node.op_type in CONVOLUTIONS:
+            if macs is None:
+                return True
+            convolutions += macs
+        total += macs or 0
+    return 0 < total <= 2 * convolutions
 
 
 def _product(sizes: tuple[int, ...]) -> int:

@@ -10,12 +10,16 @@ from ..graph.model import Model
 from ..graph.passes import Pass, PassRecord, run_passes
 from ..graph.rewrite import Rewrite, Rule
 from ..targets.profile import TargetProfile
+from .cost import bind_axes, led_by_convolutions
 from .fuse.activation import GeluFromParts
 from .fuse.attention import DropNanGuard, PackSharedInput
 from .fuse.convolution import FoldBatchNorm, FoldBias
-from .fuse.linear import GemmToMatMul
-from .fuse.normalization import LayerNormFromParts
-from .operands import CONVOLUTIONS, FORM_OPSETS, is_liftable
+from .fuse.linear import FlatLinear, GemmToMatMul
+from .fuse.normalization import LayerNormFromParts, RmsNormAsQuotient
+from .fuse.padding import EmptyPad
+from .fuse.pooling import GlobalPool
+from .fuse.scaling import FoldScale
+from .operands import FORM_OPSETS, is_liftable
 from .plan import Plan
 from .quantize.blocks import QuantizeBlocks
 from .quantize.dynamic import QuantizeDynamic, QuantizeTables
@@ -28,8 +32,13 @@ STANDARD_RULES: tuple[Rule, ...] = (
     FoldBatchNorm(),
     FoldBias(),
     LayerNormFromParts(),
+    RmsNormAsQuotient(),
     GeluFromParts(),
     DropNanGuard(),
+    FlatLinear(),
+    GlobalPool(),
+    EmptyPad(),
+    FoldScale(),
 )
 
 
@@ -42,7 +51,7 @@ def fusion_passes(model: Model, profile: TargetProfile, switches: Mapping[str, b
         switches: rule name -> on or off, as the recipe has it; overrides the profile.
     """
     rules = [rule for rule in STANDARD_RULES if switches.get(rule.name, True)]
-    if not _has_convolution(model) and switches.get("gemm-to-matmul", True):
+    if not led_by_convolutions(model, bind_axes(model, {})) and switches.get("gemm-to-matmul", True):
         rules.append(GemmToMatMul())
     if switches.get("packed-qkv", profile.is_faster("PackedQKV", "edgepress")):
         rules.append(PackSharedInput())
@@ -51,10 +60,6 @@ def fusion_passes(model: Model, profile: TargetProfile, switches: Mapping[str, b
         passes.append(LiftOpset(minimum=_FUSION_OPSET))
     passes += [Rewrite(rules=tuple(rules)), MergeDuplicates(), RemoveUnused()]
     return passes
-
-
-def _has_convolution(model: Model) -> bool:
-    return any(node.op_type in CONVOLUTIONS for node in model.graph.all_nodes())
 
 
 def _gains_by_lifting(model: Model, rules: Sequence[Rule]) -> bool:

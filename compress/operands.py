@@ -30,6 +30,8 @@ FORM_OPSETS: Mapping[Form, int] = {"float": 0, "weight-only": 0, "dynamic": 11, 
 """The operator set that a form needs: DynamicQuantizeLinear came with 11, scales per axis with 13."""
 
 _SMALL_WEIGHT_ELEMENTS = 1024
+_RANDOM_OPS = frozenset({"Bernoulli", "Dropout", "Multinomial", "RandomNormalLike", "RandomUniformLike"})
+_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _SCORE_OPS = ("Add", "Softmax", "LogSoftmax", "Sigmoid", "Identity")
 
 
@@ -91,6 +93,18 @@ def has_float_output(node: ir.Node) -> bool:
     return len(shape) != 2 and not all(isinstance(size, int) for size in shape)
 
 
+def computed_once(model: Model) -> set[ir.Value]:
+    """The values that follow from constants alone: a runtime computes them when it loads the model."""
+    found: set[ir.Value] = set()
+    for node in model.graph.all_nodes():
+        if node.op_type in _RANDOM_OPS or any(a.type in _BODIES for a in node.attributes.values()):
+            continue
+        operands = [value for value in node.inputs if value is not None]
+        if operands and all(value in found or is_constant(value) for value in operands):
+            found.update(node.outputs)
+    return found
+
+
 def only_leaves_graph(value: ir.Value) -> bool:
     """Whether a value is a graph output, or becomes one through a bias, a Softmax or the like."""
     for _ in range(4):
@@ -148,6 +162,21 @@ def unfit(node: ir.Node, form: Form) -> str | None:
         return "its bias is computed"
     if node.op_type == "Gemm" and not _is_per_channel(node, bias.const_value):
         return "its bias is not one number per output"
+    return None
+
+
+def unfit_carried(node: ir.Node) -> str | None:
+    """Why the runtime's integer kernel of a connecting operator cannot do this one, or None.
+
+    Both tried with onnxruntime 1.31.1: the first gave means up to 13 steps off and, for a window larger
+    than the image, nearly nothing; the second a graph that does not load.
+    """
+    if node.op_type != "AveragePool":
+        return None
+    if int_attribute(node, "ceil_mode", 0) and int_attribute(node, "count_include_pad", 0):
+        return "onnxruntime's integer kernel averages wrongly under ceil_mode with count_include_pad"
+    if "dilations" in node.attributes and any(step != 1 for step in node.attributes["dilations"].as_ints()):
+        return "onnxruntime's integer kernel knows no dilations"
     return None
 
 

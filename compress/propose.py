@@ -13,7 +13,7 @@ from ..graph.edit import is_constant, rank
 from ..graph.model import Model
 from ..graph.scheme import Scheme
 from ..targets.profile import Form, Kernel, TargetProfile
-from .cost import bind_axes, node_macs
+from .cost import bind_axes, led_by_convolutions, node_macs
 from .operands import (
     CARRIED_OPS,
     COMPUTE_OPS,
@@ -23,11 +23,13 @@ from .operands import (
     MOVING_OPS,
     TABLE_OPS,
     channel_axis,
+    computed_once,
     is_liftable,
     only_leaves_graph,
     output_tail,
     reads_rows,
     unfit,
+    unfit_carried,
     unfit_weight,
     weight_name,
 )
@@ -101,8 +103,9 @@ class _Proposer:
         self.static_activation = _static_activation(profile)
         self.made_in_integers: set[str] = set()
         self.liftable: dict[int, bool] = {}
+        self.computed_once = computed_once(model)
         compute = [node for node in model.graph.all_nodes() if node.op_type in COMPUTE_OPS]
-        self.has_convolution = any(node.op_type in CONVOLUTIONS for node in compute)
+        self.led_by_convolutions = led_by_convolutions(model, self.sizes)
         self.total_macs = sum(self.macs(node) or 0 for node in compute)
 
     def decide(self) -> list[Decision]:
@@ -156,6 +159,8 @@ class _Proposer:
         problem = unfit_weight(node)
         if problem is not None:
             return self.stays(node, *problem)
+        if node.inputs[0] in self.computed_once:
+            return self.stays(node, "its input is constant: the runtime computes it once, when it loads")
         form, reason, remedy = self.wanted_form(node)
         if form == "float":
             return self.stays(node, reason, remedy)
@@ -180,11 +185,11 @@ class _Proposer:
         if asked == "weight-only":
             return "weight-only", "", None
         convolution = node.op_type in CONVOLUTIONS
-        if asked == "dynamic" or (asked == "auto" and not self.has_convolution):
+        if asked == "dynamic" or (asked == "auto" and not convolution and not self.led_by_convolutions):
             return "dynamic", "", None
         if self.request.calibrated:
             return "static", "", None
-        if asked == "auto" and not convolution and node.op_type == "MatMul":
+        if asked == "auto" and node.op_type == "MatMul":
             return "dynamic", "", None
         return "float", "static ranges need calibration data", "pass --calib DATA"
 
@@ -325,6 +330,9 @@ class _Proposer:
             return self.stays(node, "it stands in the body of a control-flow operator")
         if output_tail(node).is_graph_output():
             return self.stays(node, "its result leaves the graph: 8 bits would only cost precision")
+        problem = unfit_carried(node)
+        if problem is not None:
+            return self.stays(node, problem)
         kernel, refusal = self.kernel_or_refusal(node.op_type, "static")
         return self.stays(node, refusal) if kernel is None else self.decision(node, "static", kernel)
 

@@ -123,7 +123,10 @@ COMPILE = Command(
         "untouched model, times both, and writes a bundle that carries all of that."
     ),
     arguments=(
-        Argument(name="MODEL", help="an .onnx file, a Hugging Face folder, or a hub id such as owner/name"),
+        Argument(
+            name="MODEL",
+            help="an .onnx or .pt2 file, a Hugging Face folder, a hub id (owner/name) or module:function",
+        ),
     ),
     options=(
         TARGET,
@@ -131,7 +134,8 @@ COMPILE = Command(
         Option(
             flags=("--calib",),
             metavar="DATA",
-            help="calibration data: .npz, a folder of .npy/.npz, .txt/.jsonl/.csv text, or module:function",
+            help="calibration data: .npz, a folder of arrays or images, .txt/.jsonl/.csv text, "
+            "or module:function",
         ),
         Option(
             flags=("--eval",),

@@ -131,6 +131,14 @@ class _Compile:
 
     def open_target(self) -> None:
         self.profile = load_target(self.recipe.target, self.recipe.override_texts)
+        if self.profile.runtime.name == "tensorrt":
+            name = self.profile.name
+            raise NotSupported(
+                f"compiling for {name} is not there yet: its runtime is TensorRT",
+                where="--target",
+                why="artifacts are made for onnxruntime on CPUs so far; TensorRT's come with a later version",
+                remedy=f"see whether the model fits its parser now: edgepress inspect MODEL --target {name}",
+            )
         if self.recipe.precision in ("bf16", "fp16"):
             raise NotSupported(
                 f"precision {self.recipe.precision} is not supported yet",

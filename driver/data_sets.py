@@ -59,6 +59,7 @@ def open_data_sets(source: Source, recipe: Recipe, calib: str | None, evaluate: 
             seed=recipe.seed,
             shapes=recipe.shapes,
             classes=source.model.task.classes,
+            preprocessor=source.files.get("preprocessor_config.json"),
         )
 
     if calib is None:

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         arguments.data,
         baseline.inputs,
         encoder=baseline.encoder or candidate.encoder,
+        preprocessor=baseline.preprocessor or candidate.preprocessor,
         samples=arguments.samples,
         seed=arguments.seed or 0,
         classes=baseline.task.classes,

@@ -17,9 +17,12 @@ from ..export.verify import read_manifest
 from ..frontends.source import load_source
 from ..graph.errors import ModelError
 from ..graph.model import Model, TensorSpec, type_name
+from ..targets.registry import load_target
+from ..targets.tensorrt import check_operators
 from .cache import cache_folder
 from .compile import compile_model
 from .opened import is_bundle
+from .operator_tables import operator_check_blocks
 from .options import overrides_from
 from .output import Answer, Block, Table, format_bytes
 from .plan_tables import plan_blocks
@@ -69,22 +72,24 @@ def _model(named: str, arguments: argparse.Namespace, reporter: Reporter) -> Ans
         _weight_table(weights),
     ]
     if arguments.target is not None:
-        overrides = overrides_from(arguments.set)
-        result = compile_model(
-            named,
+        # Planning needs shapes, not data: nothing is calibrated or measured in a dry run.
+        recipe = Recipe(
             target=arguments.target,
-            # Planning needs shapes, not data: nothing is calibrated or measured in a dry run.
-            recipe=Recipe(
-                target=arguments.target,
-                target_overrides=overrides,
-                data_free=True,
-                trust_code=arguments.trust_code,
-            ),
-            dry_run=True,
-            reporter=reporter,
+            target_overrides=overrides_from(arguments.set),
+            data_free=True,
+            trust_code=arguments.trust_code,
         )
-        document["plan"] = result.plan
-        blocks += plan_blocks(result.plan, every_node=True)
+        profile = load_target(recipe.target, recipe.override_texts)
+        if profile.runtime.name == "tensorrt":
+            found = check_operators(model, profile)
+            document["operator_check"] = found
+            blocks += operator_check_blocks(found)
+        else:
+            result = compile_model(
+                named, target=arguments.target, recipe=recipe, dry_run=True, reporter=reporter
+            )
+            document["plan"] = result.plan
+            blocks += plan_blocks(result.plan, every_node=True)
     else:
         blocks.append("What a compile would do with each node: add --target NAME.")
     return Answer(document=document, blocks=blocks)

@@ -17,6 +17,8 @@ from ..runtimes.ort_runtime import OrtSession
 from .cache import cache_folder
 from .reporter import Reporter
 
+_PREPROCESSOR = "preprocessor_config.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
@@ -32,6 +34,7 @@ class Opened:
         inputs: what it takes.
         task: what its outputs mean.
         encoder: turns texts into inputs, where it carries a tokenizer.
+        preprocessor: its preprocessor_config.json, where it carries one: turns images into inputs.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Opened:
     inputs: tuple[TensorSpec, ...]
     task: Task
     encoder: TextEncoder | None
+    preprocessor: Path | None = None
 
     def graph(self) -> Model:
         """The graph in memory.
@@ -108,12 +112,13 @@ def open_named(
         name=named,
         bundle=None,
         # Saving again would leave shapes out that decide which fusions the runtime makes.
-        file=path if path.is_file() else None,
+        file=path if path.is_file() and source.model.origin.kind == "onnx" else None,
         model=source.model,
         options=SessionOptions(threads=threads),
         inputs=source.model.inputs,
         task=source.model.task,
         encoder=source.encoder,
+        preprocessor=source.files.get(_PREPROCESSOR),
     )
 
 
@@ -133,6 +138,7 @@ def _open_bundle(path: Path, named: str, threads: int) -> Opened:
         inputs=manifest.model.inputs,
         task=manifest.task,
         encoder=_encoder(path) if "tokenizer.json" in manifest.assets else None,
+        preprocessor=path / "assets" / _PREPROCESSOR if _PREPROCESSOR in manifest.assets else None,
     )
 
 

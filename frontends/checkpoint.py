@@ -103,8 +103,11 @@ def _check_form(config: Config, folder: Path, *, trust_code: bool) -> bool:
         )
     elif config.get("quantization_config"):
         refused = ("already quantized weights", "pass the model with its original float weights")
-    elif config.get("is_encoder_decoder"):
-        refused = ("an encoder-decoder model", "pass a text encoder, or export it to .onnx yourself")
+    elif config.get("is_encoder_decoder") and not _encoder_only(config):
+        refused = (
+            "an encoder-decoder model",
+            "save its encoder alone: model.get_encoder().save_pretrained(FOLDER)",
+        )
     elif not isinstance(config.get("model_type"), str):
         raise ModelError(
             "config.json does not say which kind of model it is",
@@ -124,6 +127,12 @@ def _check_form(config: Config, folder: Path, *, trust_code: bool) -> bool:
             remedy="read that code; if you trust it, add --trust-code",
         )
     return True
+
+
+def _encoder_only(config: Config) -> bool:
+    """Whether the weights are the encoder of a model whose config describes both halves."""
+    name = architecture_of(config, where="config.json")
+    return name.endswith(("Encoder", "EncoderModel", "ForAudioClassification"))
 
 
 def _find_weights(folder: Path) -> dict[str, Path]:

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..graph.errors import ModelError
-
-if TYPE_CHECKING:
-    import torch
+from ..graph.errors import ModelError, NotSupported
 
 # Relative to the largest output; float32 through a dozen layers leaves about 2e-6.
 TOLERANCE = 1e-4
 
-Arrays = dict[str, npt.NDArray[np.int64]]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
-def run_torch(module: torch.nn.Module, inputs: Arrays) -> dict[str, Any]:
-    """The module's tensor outputs by name, in order."""
+def run_torch(module: Callable[..., Any], inputs: Arrays) -> dict[str, Any]:
+    """The module's tensor outputs by name, in order.
+
+    Raises:
+        NotSupported: if it also gives a KV cache, which one pass cannot carry on.
+    """
     import torch
 
     outputs = module(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    cached = [name for name, value in outputs.items() if name == "past_key_values" and value is not None]
+    if cached:
+        raise NotSupported(
+            "decoders with a KV cache are not supported",
+            where=f"{type(module).__name__}, output {cached[0]}",
+            why="one pass over a whole sequence is compiled; a cache is carried from step to step",
+            remedy="export the model without its cache (use_cache=False)",
+        )
     return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
 
 def compare_with_torch(
-    path: Path, module: torch.nn.Module, checked: Sequence[Arrays], names: list[str]
+    path: Path, module: Callable[..., Any], checked: Sequence[Arrays], names: list[str]
 ) -> float:
     """The worst relative difference between the file in onnxruntime and the module in torch.
 
@@ -39,7 +48,7 @@ def compare_with_torch(
     Args:
         path: the exported file.
         module: the model it was made from, in evaluation mode; call under `torch.no_grad`.
-        checked: batches of inputs, name -> int64 array [batch, sequence].
+        checked: batches of inputs, name -> array, batch first.
         names: the outputs to compare, in the file's order.
 
     Returns:
@@ -87,15 +96,17 @@ def _relative_error(result: npt.NDArray[Any], expected: npt.NDArray[Any], name: 
         )
     if result.shape != expected.shape:
         return float("inf")
+    if expected.dtype.kind == "b":
+        return float((result != expected).any())
     scale = float(np.abs(expected).max(initial=0.0)) or 1.0
     return float(np.abs(result - expected).max(initial=0.0)) / scale
 
 
 def _differs(name: str, error: float, inputs: Arrays) -> ModelError:
-    batch, length = inputs["input_ids"].shape
+    shapes = ", ".join(f"{key} {'x'.join(map(str, array.shape))}" for key, array in inputs.items())
     return ModelError(
         "the export does not compute what the torch model computes",
-        where=f"output {name!r} at batch {batch}, sequence {length}",
+        where=f"output {name!r} at {shapes}",
         why=f"relative difference {error:.3g}, limit {TOLERANCE:g} (inf: another shape)",
         remedy="export the model to .onnx yourself (another opset may do) and pass that file",
     )

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import msgspec
 
-from ..graph.errors import ModelError, NotSupported, OutputError
+from ..graph.errors import ModelError, OutputError
 from ..graph.load import load_model
 from ..graph.model import Model, Origin
 from .checkpoint import Checkpoint
 
 DEFAULT_OPSET = 20
-_FORMAT = 1
+_FORMAT = 2
 _MODEL = "model.onnx"
 _NOTE = "export.json"
 _UNFINISHED = ".edgepress-export-"
@@ -76,16 +76,10 @@ def export_model(
         RuntimeUnavailable: if torch or transformers is missing.
         OutputError: if there is no room for the export.
     """
-    from .torch_export import OPSETS
+    from .torch_export import require_opset
 
     opset = DEFAULT_OPSET if opset is None else opset
-    if opset not in OPSETS:
-        raise NotSupported(
-            f"exporting at opset {opset} is not supported",
-            where="opset",
-            why=f"torch.export writes opsets {OPSETS.start} to {OPSETS.stop - 1}",
-            remedy=f"leave the opset out (then {DEFAULT_OPSET}), or pass an .onnx file of that opset",
-        )
+    require_opset(opset)
     tell = progress or (lambda _: None)
     tell("reading the weights")
     digests = checkpoint.digests()

@@ -1,4 +1,4 @@
-"""Whatever the user names as MODEL (a file, a folder, a hub id) to one `Source`."""
+"""Whatever the user names as MODEL (a file, a folder, a hub id, a function) to one `Source`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ..graph.load import load_model
 from ..graph.model import Model
 from .checkpoint import read_checkpoint
 from .hub import fetch, is_hub_id, refuse_remote_code_of_hub
-from .huggingface import Progress, export_model
+from .huggingface import DEFAULT_OPSET, Progress, export_model
+from .imports import is_import_path, is_importable
 from .sidecars import find_sidecars, optional_config, position_limit, read_config
-from .task import guess_task
+from .task import guess_task, refuse_cache
 from .text import TextEncoder
 
 _PREPROCESSOR = "preprocessor_config.json"
@@ -47,15 +48,17 @@ def load_source(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Source:
-    """Load an .onnx file, a Hugging Face folder or a hub id.
+    """Load an .onnx or .pt2 file, a Hugging Face folder, a hub id, or what a function makes.
 
     Args:
-        reference: a path, or "owner/name" of the Hugging Face hub. A path that does not exist is
+        reference: a path, "package.module:function" (see `program.load_factory`; it is run), or
+            "owner/name" of the Hugging Face hub. A path that does not exist is
             reported at once; nothing that looks like a path is looked up over the network.
         tokenizer: a tokenizer.json or its folder; by default the one beside the model.
         preprocessor: a preprocessor_config.json or its folder; by default the one beside the model.
-        trust_code: run Python code that comes with a local folder. Code from the hub is never fetched.
-        opset: operator set to export a Hugging Face model at (20 by default); an .onnx file keeps its own.
+        trust_code: run code that comes with a local folder or in a .pt2 file. Code from the hub is
+            never fetched.
+        opset: operator set to export a PyTorch model at (20 by default); an .onnx file keeps its own.
         cache_folder: where exports and hub downloads are kept; None keeps no export, and leaves
             downloads to the hub's own cache.
         offline: use no network; a hub id must have been fetched before.
@@ -70,14 +73,21 @@ def load_source(
     path = _expanded(reference)
     hub_id = None
     if not _exists(path):
+        if is_import_path(reference) and is_importable(reference):
+            model, note = _from_factory(reference, opset=opset, progress=progress)
+            return _source(model, note, {}, tokenizer, preprocessor)
         if not is_hub_id(reference):
             raise _no_such_model(reference, path)
         if progress:
             progress(f"fetching {reference} from the Hugging Face hub")
         hub_cache = None if cache_folder is None else cache_folder / "hub"
         path, hub_id = fetch(reference, cache_folder=hub_cache, offline=offline), reference
-    onnx_file = _onnx_file(path)
-    if onnx_file is not None:
+    pt2 = path.is_file() and path.suffix.lower() == ".pt2"
+    onnx_file = None if pt2 else _onnx_file(path)
+    if pt2:
+        model, note = _from_archive(path, trust_code=trust_code, opset=opset, progress=progress)
+        folder = path.parent
+    elif onnx_file is not None:
         model, note = _from_onnx(onnx_file)
         folder = onnx_file.parent
     else:
@@ -85,7 +95,12 @@ def load_source(
             path, hub_id, trust_code=trust_code, opset=opset, cache_folder=cache_folder, progress=progress
         )
         folder = path
-    files = find_sidecars(folder)
+    return _source(model, note, find_sidecars(folder), tokenizer, preprocessor)
+
+
+def _source(
+    model: Model, note: str, files: dict[str, Path], tokenizer: str | None, preprocessor: str | None
+) -> Source:
     encoder, files = _tokenizer(files, tokenizer, model)
     if preprocessor is not None:
         files = files | {_PREPROCESSOR: _preprocessor(preprocessor)}
@@ -127,7 +142,7 @@ def _onnx_file(path: Path) -> Path | None:
         raise ModelError(
             "the file is not a model that edgepress reads",
             where=str(path),
-            why=f"{path.suffix or 'a file without ending'} is not .onnx",
+            why=f"{path.suffix or 'a file without ending'} is not .onnx or .pt2",
             remedy="name the folder of a Hugging Face model, not a file in it"
             if path.name in ("model.safetensors", "config.json", "pytorch_model.bin")
             else "pass an .onnx file, a Hugging Face folder, or owner/name of the hub",
@@ -147,8 +162,27 @@ def _onnx_file(path: Path) -> Path | None:
 
 def _from_onnx(file: Path) -> tuple[Model, str]:
     model = load_model(file)
+    refuse_cache(model)
     model.task = guess_task(model, file.parent)
     return model, f"the .onnx file as it came (opset {model.opset})"
+
+
+def _from_archive(
+    file: Path, *, trust_code: bool, opset: int | None, progress: Progress | None
+) -> tuple[Model, str]:
+    from .program import load_archive
+
+    if progress:
+        progress("exporting with torch and comparing the result")
+    return load_archive(file, trust_code=trust_code, opset=opset or DEFAULT_OPSET)
+
+
+def _from_factory(reference: str, *, opset: int | None, progress: Progress | None) -> tuple[Model, str]:
+    from .program import load_factory
+
+    if progress:
+        progress(f"running {reference}, exporting with torch and comparing the result")
+    return load_factory(reference, opset=opset or DEFAULT_OPSET)
 
 
 def _from_folder(

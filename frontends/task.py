@@ -12,7 +12,18 @@ from ..graph.errors import ModelError, NotSupported
 from ..graph.model import Model, Task, TensorSpec
 from .sidecars import Config, confined, optional_config, read_config, read_json
 
-_SUPPORTED = "feature extraction (*Model), *ForSequenceClassification and *ForTokenClassification"
+_SUPPORTED = (
+    "encoders (*Model, WhisperEncoder), *ForSequenceClassification, *ForTokenClassification, "
+    "*ForQuestionAnswering, *ForMaskedLM, *ForCausalLM and *LMHeadModel without a KV cache, *ForCTC, "
+    "*ForImageClassification, *ForSemanticSegmentation and *ForAudioClassification"
+)
+_CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
+# One row of scores for every token or sound frame.
+_PER_TOKEN = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForCTC")
+# Several outputs, or maps: each is compared as it is.
+_AS_IT_IS = ("ForQuestionAnswering", "ForSemanticSegmentation", "ModelWithProjection")
+_ENCODERS = ("Model", "WhisperEncoder")
+_CACHE_NAME = re.compile(r"(past|present)(_key|_value|[._]\d|$)|past_key_values|key_cache|value_cache")
 _POOLINGS: dict[str, Literal["mean", "cls"]] = {
     "pooling_mode_cls": "cls",
     "pooling_mode_cls_token": "cls",
@@ -52,26 +63,42 @@ def task_of_config(config: Config, folder: Path) -> Task:
         ModelError: if no architecture is declared, or the pooling files are malformed.
     """
     architecture = architecture_of(config, where="config.json")
-    if architecture.endswith("ForSequenceClassification"):
+    if architecture.endswith(_CLASSIFIERS):
         classes = _classes(config)
-        if len(classes) == 1 or config.get("problem_type") == "regression":
-            raise NotSupported(
-                f"{architecture} with one real-valued output (regression, reranking)",
-                where="config.json",
-                why="there is no class to compare, so that its drift cannot be measured as a classifier's",
-                remedy=f"supported are {_SUPPORTED}",
-            )
-        return Task(kind="classification", classes=classes)
-    if architecture.endswith("ForTokenClassification"):
-        return Task(kind="token-classification", classes=_classes(config))
-    if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
-        return Task(kind="embedding", pooling=pooling_of(folder) or "mean")
+        # One real-valued output (regression, reranking) has no class to compare, but a value.
+        real = len(classes) == 1 or config.get("problem_type") == "regression"
+        return Task() if real else Task(kind="classification", classes=classes)
+    if architecture.endswith(_PER_TOKEN):
+        named = architecture.endswith("ForTokenClassification")
+        return Task(kind="token-classification", classes=_classes(config) if named else ())
+    if architecture.endswith(_AS_IT_IS):
+        return Task()
+    if architecture.endswith(_ENCODERS):
+        images = "num_channels" in config or "image_size" in config
+        return Task(kind="embedding", pooling="none" if images else pooling_of(folder) or "mean")
     raise NotSupported(
         f"the architecture {architecture} is not supported",
         where="config.json",
-        why=f"supported are text encoders for {_SUPPORTED}",
-        remedy="export the model to .onnx yourself and pass that file",
+        why=f"supported are {_SUPPORTED}",
+        remedy="pass module:factory, which gives the model and example inputs, or an .onnx file",
     )
+
+
+def refuse_cache(model: Model) -> None:
+    """Refuse a decoder whose graph carries a KV cache from step to step.
+
+    Raises:
+        NotSupported: if an input or output is such a cache.
+    """
+    for value in (*model.inputs, *model.outputs):
+        if _CACHE_NAME.match(value.name):
+            raise NotSupported(
+                "decoders with a KV cache are not supported",
+                where=f"input or output {value.name!r}",
+                why="calibration and drift run one pass over a whole sequence; a cache is carried from "
+                "step to step, and quantizing around it would be measured on no real state",
+                remedy="export the model without its cache (use_cache=False)",
+            )
 
 
 def pooling_of(folder: Path) -> Literal["mean", "cls", "none"] | None:
@@ -148,6 +175,8 @@ def _told(config: Config, folder: Path, model: Model) -> Task | None:
         return None
     shapes = [output.shape for output in model.outputs if output.shape is not None]
     wanted = 2 if task.kind == "classification" else 3
+    if task.kind == "embedding" and task.pooling == "none":
+        return task
     return task if any(len(shape) == wanted for shape in shapes) else None
 
 

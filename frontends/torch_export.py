@@ -1,16 +1,14 @@
-"""A PyTorch text encoder to an ONNX file: exported, folded, run and compared before it counts."""
+"""A PyTorch model to an ONNX file: exported, folded, run and compared before it counts."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from ..graph.cleanup import FoldConstants, FoldWeights, RemoveUnused
@@ -22,16 +20,12 @@ from ..graph.save import save_model
 from .checkpoint import Checkpoint
 from .export_check import Arrays, compare_with_torch, run_torch
 from .quiet import to_log
+from .samples import Samples, samples_for
 
 if TYPE_CHECKING:
     import torch
 
 OPSETS = range(18, 24)
-_EXAMPLE = (2, 8)
-_CHECKED = ((1, 5), (3, 13))
-_SEED = 20
-_UNBOUNDED_TOKENS = 1 << 16
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # What transformers and torch raise for a config, weights or graph that they cannot handle.
 _LIBRARY_ERRORS = (
     RuntimeError,
@@ -48,6 +42,18 @@ _LIBRARY_ERRORS = (
 )
 
 
+# For architectures that are code in the folder: the loader that finds it.
+_AUTO_CLASSES = (
+    ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification"),
+    ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    ("ForMaskedLM", "AutoModelForMaskedLM"),
+    ("ForCausalLM", "AutoModelForCausalLM"),
+    ("LMHeadModel", "AutoModelForCausalLM"),
+    ("ForImageClassification", "AutoModelForImageClassification"),
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
     """How an export was made: the attention implementation and its measured error.
@@ -61,10 +67,10 @@ class Exported:
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: Path, *, opset: int) -> Exported:
-    """Export a checkpoint to `path` (weights in `path`.data) with dynamic batch and sequence.
+    """Export a checkpoint to `path` (weights in `path`.data), batch and (where free) length dynamic.
 
-    The file counts only after onnxruntime has run it at two other batch and sequence sizes, with
-    padding, and agreed with torch (see `export_check`).
+    The file counts only after onnxruntime has run it at two other sizes (texts with padding) and
+    agreed with torch (see `export_check`).
 
     Args:
         checkpoint: a folder that `read_checkpoint` accepted.
@@ -73,26 +79,85 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, opset: int) -> Expo
 
     Raises:
         ModelError: if torch cannot load or export the model, or the export computes something else.
-        NotSupported: if the model is no text encoder.
+        NotSupported: if the model takes or gives what is not supported (several inputs, a KV cache).
         RuntimeUnavailable: if torch or transformers is missing.
         OSError: as the file system reports it.
     """
-    torch = _require_torch()
+    torch = require_torch()
+    where = f"{checkpoint.folder.name} ({checkpoint.architecture})"
     with to_log(), torch.no_grad():
         module, attention = _load_module(checkpoint)
-        example, *checked = _samples(checkpoint, module)
-        names = _output_names(module, example)
-        program = _export(module, example, names, checkpoint, opset)
-        graph_model = _own_weights(program.model)
-        del program
-        model = Model(graph_model, origin=Origin(kind="huggingface", name=checkpoint.folder.name))
-        run_passes(model, [FoldWeights(), FoldConstants(), RemoveUnused()])
-        save_model(model, path, external_threshold_bytes=0)
-        error = compare_with_torch(path, module, checked, names)
+        error = export_module(module, samples_for(checkpoint, module), path, opset=opset, where=where)
     return Exported(attention=attention, relative_error=error)
 
 
-def _require_torch() -> Any:
+def export_module(module: torch.nn.Module, samples: Samples, path: Path, *, opset: int, where: str) -> float:
+    """Export a module in evaluation mode and compare; call under `torch.no_grad`.
+
+    Args:
+        module: takes its inputs by name and returns tensors by name (see `run_torch`).
+        samples: the first is exported with, the others are compared.
+        path: the .onnx file to write.
+        opset: the operator set, one of `OPSETS`.
+        where: what messages name.
+
+    Returns:
+        The relative error (see `Exported`).
+
+    Raises:
+        ModelError: if torch cannot run or export the module, or the export computes something else.
+        NotSupported: if it gives a KV cache.
+        OSError: as the file system reports it.
+    """
+    example, *checked = samples.inputs
+    names = _output_names(module, example)
+    program = _export(module, samples, names, opset, where)
+    return finish_export(program.model, module, checked, names, path)
+
+
+def finish_export(
+    exported: ir.Model,
+    module: Callable[..., Any],
+    checked: Sequence[Arrays],
+    names: list[str],
+    path: Path,
+) -> float:
+    """Fold and save what torch exported, then compare it with `module` on the `checked` inputs.
+
+    Returns:
+        The relative error (see `Exported`).
+
+    Raises:
+        ModelError: if onnxruntime cannot run it, or it computes something else.
+        OSError: as the file system reports it.
+    """
+    model = Model(_own_weights(exported), origin=Origin(kind="memory", name=path.stem))
+    run_passes(model, [FoldWeights(), FoldConstants(), RemoveUnused()])
+    save_model(model, path, external_threshold_bytes=0)
+    return compare_with_torch(path, module, checked, names)
+
+
+def require_opset(opset: int) -> None:
+    """Refuse an operator set that torch does not write.
+
+    Raises:
+        NotSupported: if it is none of `OPSETS`.
+    """
+    if opset not in OPSETS:
+        raise NotSupported(
+            f"exporting at opset {opset} is not supported",
+            where="opset",
+            why=f"torch.export writes opsets {OPSETS.start} to {OPSETS.stop - 1}",
+            remedy="leave the opset out, or pass an .onnx file of that opset",
+        )
+
+
+def require_torch() -> Any:
+    """torch, with transformers present.
+
+    Raises:
+        RuntimeUnavailable: if one of them is missing.
+    """
     try:
         import torch
         import transformers  # noqa: F401 - only its presence is asked for
@@ -106,17 +171,21 @@ def _require_torch() -> Any:
 
 
 @contextmanager
-def _reported(checkpoint: Checkpoint, what: str) -> Iterator[None]:
+def reported(where: str, what: str) -> Iterator[None]:
     """Turn the libraries' own exceptions into a `ModelError` that says what was being done."""
     try:
         yield
     except _LIBRARY_ERRORS as error:
         raise ModelError(
             what,
-            where=f"{checkpoint.folder.name} ({checkpoint.architecture})",
+            where=where,
             why=_first_cause(error),
-            remedy="check config.json against the weights, or export the model to .onnx yourself",
+            remedy="check the config against the weights, or export the model to .onnx yourself",
         ) from error
+
+
+def _where(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.folder.name} ({checkpoint.architecture})"
 
 
 def _first_cause(error: BaseException) -> str:
@@ -134,7 +203,7 @@ def _load_module(checkpoint: Checkpoint) -> tuple[torch.nn.Module, str]:
     from transformers import AutoConfig
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": checkpoint.remote_code}
-    with _reported(checkpoint, "config.json does not describe a model that transformers knows"):
+    with reported(_where(checkpoint), "config.json does not describe a model that transformers knows"):
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, **options)
         except StrictDataclassError as error:
@@ -152,12 +221,12 @@ def _model_class(checkpoint: Checkpoint) -> Any:
     import transformers
 
     if checkpoint.remote_code:
-        kinds = {
-            "embedding": transformers.AutoModel,
-            "classification": transformers.AutoModelForSequenceClassification,
-            "token-classification": transformers.AutoModelForTokenClassification,
-        }
-        return kinds[checkpoint.task.kind]
+        matching = (name for end, name in _AUTO_CLASSES if checkpoint.architecture.endswith(end))
+        return getattr(transformers, next(matching, "AutoModel"))
+    if checkpoint.architecture == "WhisperEncoder":  # not among transformers' own exports
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        return WhisperEncoder
     found = getattr(transformers, checkpoint.architecture, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise NotSupported(
@@ -166,13 +235,6 @@ def _model_class(checkpoint: Checkpoint) -> Any:
             why=f"transformers {transformers.__version__} has no such model class",
             remedy="correct the name, install a newer transformers, or pass an .onnx file",
         )
-    if found.main_input_name != "input_ids":
-        raise NotSupported(
-            f"{checkpoint.architecture} is not a text encoder",
-            where="config.json",
-            why=f"its main input is {found.main_input_name}",
-            remedy="export the model to .onnx yourself and pass that file",
-        )
     return found
 
 
@@ -180,7 +242,7 @@ def _with_attention(
     checkpoint: Checkpoint, loader: Any, options: dict[str, Any]
 ) -> tuple[torch.nn.Module, str]:
     """Load with eager attention (the plainest graph), else with the class's other one."""
-    with _reported(checkpoint, "transformers cannot load the model"):
+    with reported(_where(checkpoint), "transformers cannot load the model"):
         try:
             return _load_complete(checkpoint, loader, options | {"attn_implementation": "eager"}), "eager"
         except ValueError as error:
@@ -233,41 +295,6 @@ def _load_once(
     return module, sorted(info["missing_keys"])
 
 
-def _samples(checkpoint: Checkpoint, module: torch.nn.Module) -> list[Arrays]:
-    """Inputs for the export and for the two checks: random tokens, the last row half padding."""
-    accepted = inspect.signature(module.forward).parameters
-    config = checkpoint.config
-    vocabulary = config.get("vocab_size")
-    vocabulary = vocabulary if isinstance(vocabulary, int) and vocabulary > 1 else 2
-    padding = config.get("pad_token_id")
-    padding = padding if isinstance(padding, int) and 0 <= padding < vocabulary else 0
-    limit = _token_limit(checkpoint)
-    generator = np.random.default_rng(_SEED)
-    samples = []
-    for batch, wanted in (_EXAMPLE, *_CHECKED):
-        length = min(wanted, limit)
-        tokens = generator.integers(0, vocabulary, (batch, length))
-        mask = np.ones((batch, length), np.int64)
-        mask[-1, (length + 1) // 2 :] = 0
-        tokens[tokens == padding] = (padding + 1) % vocabulary
-        tokens[mask == 0] = padding
-        made = {"input_ids": tokens, "attention_mask": mask}
-        # RoBERTa accepts token types but knows one only, and its tokenizer makes none.
-        if _types(module) > 1:
-            made["token_type_ids"] = np.where(np.arange(length) > length // 2, 1, 0) * np.ones_like(mask)
-        samples.append({name: made[name] for name in _TEXT_INPUTS if name in made and name in accepted})
-    return samples
-
-
-def _token_limit(checkpoint: Checkpoint) -> int:
-    return min(checkpoint.max_tokens or _UNBOUNDED_TOKENS, _UNBOUNDED_TOKENS)
-
-
-def _types(module: torch.nn.Module) -> int:
-    count = getattr(module.config, "type_vocab_size", 0)
-    return count if isinstance(count, int) else 0
-
-
 def _output_names(module: torch.nn.Module, example: Arrays) -> list[str]:
     try:
         return list(run_torch(module, example))
@@ -276,18 +303,25 @@ def _output_names(module: torch.nn.Module, example: Arrays) -> list[str]:
             "the model does not run in torch",
             where=type(module).__name__,
             why=_first_cause(error),
-            remedy="check config.json (vocabulary, positions) against the weights",
+            remedy="check the config (vocabulary, positions, image size) against the weights",
         ) from error
 
 
 def _export(
-    module: torch.nn.Module, example: Arrays, names: list[str], checkpoint: Checkpoint, opset: int
+    module: torch.nn.Module, samples: Samples, names: list[str], opset: int, where: str
 ) -> torch.onnx.ONNXProgram:
     import torch
 
-    batch = torch.export.Dim("batch", min=1, max=_UNBOUNDED_TOKENS)
-    sequence = torch.export.Dim("sequence", min=1, max=_token_limit(checkpoint))
-    with _reported(checkpoint, f"torch cannot export the model at opset {opset}"):
+    dims = {
+        (name, least, most): torch.export.Dim(name, min=least, max=most)
+        for axes in samples.axes.values()
+        for name, least, most in axes.values()
+    }
+    example = samples.inputs[0]
+    shapes = {
+        name: {axis: dims[free] for axis, free in samples.axes.get(name, {}).items()} for name in example
+    }
+    with reported(where, f"torch cannot export the model at opset {opset}"):
         program = torch.onnx.export(
             module,
             (),
@@ -296,12 +330,12 @@ def _export(
             # torch's own optimiser renames every Linear weight; folding is done below.
             optimize=False,
             opset_version=opset,
-            dynamic_shapes={name: {0: batch, 1: sequence} for name in example},
+            dynamic_shapes=shapes,
             output_names=names,
             verbose=False,
         )
     if program is None:
-        raise ModelError("torch made no ONNX program", where=checkpoint.architecture)
+        raise ModelError("torch made no ONNX program", where=where)
     return program
 
 

@@ -49,7 +49,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `files` maps each source file's name (relative to the model) to its SHA-256.
     """
 
-    kind: Literal["onnx", "huggingface", "memory"]
+    kind: Literal["onnx", "huggingface", "torch", "memory"]
     name: str
     files: dict[str, str] = {}
     exporter: str | None = None

@@ -30,7 +30,12 @@ _CLASSES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
         ("aarch64", frozenset()),
     ),
 }
-_BOARDS = {"Raspberry Pi 4": "raspberry-pi-4", "Raspberry Pi 5": "raspberry-pi-5"}
+_BOARDS = {
+    "Raspberry Pi Zero 2 W": "raspberry-pi-zero-2w",
+    "Raspberry Pi 3 Model B Plus": "raspberry-pi-3b-plus",
+    "Raspberry Pi 4": "raspberry-pi-4",
+    "Raspberry Pi 5": "raspberry-pi-5",
+}
 # The flags of /proc/cpuinfo that decide which kernels run; the others are noise in a profile.
 _KERNEL_FEATURES = frozenset(
     {

@@ -11,13 +11,20 @@ from typing import Any
 import msgspec
 
 from ..graph.errors import TargetError
-from .profile import Device, Figure, Kernel, Runtime, RuntimeOp, TargetProfile
+from .profile import Device, Figure, Gpu, Kernel, Runtime, RuntimeOp, TargetProfile
 
 Tables = dict[str, Any]
 
 _SET = "--set"
-_SHAPES: dict[str, type[msgspec.Struct]] = {"device": Device, "runtime": Runtime}
+_SHAPES: dict[str, type[msgspec.Struct]] = {"device": Device, "gpu": Gpu, "runtime": Runtime}
 _ENTRIES: dict[str, type[msgspec.Struct]] = {"kernels": Kernel, "runtime_ops": RuntimeOp}
+# By table: the fields whose value is a figure with its source.
+FIGURES = {
+    group: frozenset(
+        field.name for field in msgspec.structs.fields(shape) if field.type in (Figure, Figure | None)
+    )
+    for group, shape in _SHAPES.items()
+}
 _FREE_TABLES = ("session_config", "audit_config")
 _PATH = re.compile(r"`\$\.?(?P<path>.*)`$")
 
@@ -68,11 +75,12 @@ def convert_profile(tables: Tables, *, where: str, overridden: bool = False) -> 
             raise TargetError(f"{group} must be tables [{group}.NAME]", where=f"{where}: {group}")
         entry_names[group] = list(entries)
         raw[group] = [_with_name(group, name, entry) for name, entry in entries.items()]
-    if isinstance(raw.get("device"), dict):
-        raw["device"] = {
-            key: {"value": value} if _is_figure(["device", key]) and not isinstance(value, dict) else value
-            for key, value in raw["device"].items()
-        }
+    for group, figures in FIGURES.items():
+        if isinstance(raw.get(group), dict):
+            raw[group] = {
+                key: {"value": value} if key in figures and not isinstance(value, dict) else value
+                for key, value in raw[group].items()
+            }
     if isinstance(raw.get("alignment_channels"), (int, float)):
         raw["alignment_channels"] = {"value": raw["alignment_channels"]}
     try:
@@ -131,8 +139,7 @@ def _depth(left: str) -> int:
 def _is_figure(keys: list[str]) -> bool:
     if keys == ["alignment_channels"]:
         return True
-    types = {field.name: field.type for field in msgspec.structs.fields(Device)}
-    return len(keys) == 2 and keys[0] == "device" and types.get(keys[1]) in (Figure, Figure | None)
+    return len(keys) == 2 and keys[1] in FIGURES.get(keys[0], ())
 
 
 def _check_path(tables: Tables, keys: list[str], override: str) -> None:

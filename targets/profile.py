@@ -14,6 +14,7 @@ Form = Literal["float", "dynamic", "static", "weight-only"]
 ElementType = Literal["uint8", "int8", "uint4", "int4", "float32", "float16", "bfloat16"]
 Granularity = Literal["per-tensor", "per-channel", "per-row", "block"]
 Grade = Literal["fast", "works", "refused"]
+GpuPrecision = Literal["FP32", "TF32", "FP16", "BF16", "INT8", "FP8", "FP4"]
 
 # A scheme of the left granularity can be served by a kernel whose finest granularity is on the right.
 _SERVED_BY: dict[Granularity, frozenset[Granularity]] = {
@@ -69,14 +70,78 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Runtime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The inference runtime on the target: the largest opset and IR version that it loads."""
+    """The inference runtime on the target: the largest opset and IR version that it loads.
 
-    name: Literal["onnxruntime"]
+    Attributes:
+        max_ir: the largest IR version; TensorRT's parser documents none.
+        jetpack: the Jetson software release that brings this version.
+        typing: how a TensorRT network gets its precisions: weak (builder flags), strong (the types
+            in the ONNX file), or both forms.
+        operator_table: the version whose table of parser operators stands for this one (see
+            `targets.operator_table`), which may be the nearest older one.
+    """
+
+    name: Literal["onnxruntime", "tensorrt"]
     version: str
     max_opset: int
-    max_ir: int
+    max_ir: int | None = None
     limits_source: str
     wheel: str = ""
+    jetpack: str | None = None
+    typing: Literal["weak", "strong", "both"] | None = None
+    operator_table: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name == "onnxruntime" and self.max_ir is None:
+            raise ValueError("onnxruntime needs max_ir")
+        if self.name == "tensorrt" and (self.operator_table is None or self.typing is None):
+            raise ValueError("tensorrt needs operator_table and typing")
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The graphics processor and its accelerators (DLA); what nobody sourced is absent.
+
+    Attributes:
+        compute_capability: "8.7"; decides which engines and precisions there are.
+        memory_shared: whether the CPU's memory is the GPU's (then the sizes stand under `device`).
+        advertised_int8_ops: operations per second as the vendor advertises them; the source says
+            whether for 2:4 sparse weights and whether the DLA's are included.
+        peak_int8_ops: dense, per second; so are the other peaks.
+        precisions: what TensorRT computes in.
+        disputed_precisions: precisions about which the sources contradict each other.
+        dla_cores: deep-learning accelerators beside the GPU.
+    """
+
+    compute_capability: str
+    capability_source: str
+    precisions: tuple[GpuPrecision, ...]
+    precisions_source: str
+    disputed_precisions: tuple[GpuPrecision, ...] = ()
+    disputed_source: str = ""
+    dla_cores: int
+    dla_source: str
+    sm_count: Figure | None = None
+    cuda_cores: Figure | None = None
+    tensor_cores: Figure | None = None
+    clock_hz: Figure | None = None
+    l2_bytes: Figure | None = None
+    memory_shared: bool
+    memory_bytes: Figure | None = None
+    memory_bandwidth_bytes_per_s: Figure | None = None
+    advertised_int8_ops: Figure | None = None
+    peak_float32_flops: Figure | None = None
+    peak_tf32_flops: Figure | None = None
+    peak_float16_flops: Figure | None = None
+    peak_bfloat16_flops: Figure | None = None
+    peak_int8_ops: Figure | None = None
+
+    def __post_init__(self) -> None:
+        if set(self.precisions) & set(self.disputed_precisions):
+            raise ValueError("a precision is either known or disputed")
+        if self.disputed_precisions and not self.disputed_source:
+            raise ValueError("disputed_precisions need disputed_source")
+        if self.dla_cores < 0:
+            raise ValueError(f"dla_cores must be at least 0, not {self.dla_cores}")
 
 
 class Kernel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -156,6 +221,7 @@ class TargetProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """One target: device, runtime, and the kernels and fused operators with their evidence.
 
     Attributes:
+        gpu: the graphics processor that TensorRT runs on; None for a CPU target.
         alignment_channels: channel counts that are multiples of this fill the kernels' vectors.
         session_config: runtime config entries that artifacts for this target ship with.
         audit_config: entries that make a runtime on another machine optimise a graph as this
@@ -165,14 +231,15 @@ class TargetProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     schema_version: int = SCHEMA_VERSION
     name: str
-    kind: Literal["board", "cpu-class", "host"]
+    kind: Literal["board", "cpu-class", "gpu", "host"]
     aliases: tuple[str, ...] = ()
     description: str
     device: Device
+    gpu: Gpu | None = None
     runtime: Runtime
     kernels: tuple[Kernel, ...]
     runtime_ops: tuple[RuntimeOp, ...] = ()
-    alignment_channels: Figure
+    alignment_channels: Figure | None = None
     default_threads: int = 1
     session_config: dict[str, str] = {}
     audit_config: dict[str, str] = {}
@@ -184,6 +251,10 @@ class TargetProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError(f"schema_version {self.schema_version} is not {SCHEMA_VERSION}")
         if self.default_threads < 1:
             raise ValueError(f"default_threads must be at least 1, not {self.default_threads}")
+        if self.runtime.name == "tensorrt" and self.gpu is None:
+            raise ValueError("a tensorrt target needs a [gpu] table")
+        if self.runtime.name == "onnxruntime" and self.alignment_channels is None:
+            raise ValueError("an onnxruntime target needs alignment_channels")
 
     def kernel(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -14,12 +16,11 @@ import tomli_w
 
 from ..graph.errors import InternalError, TargetError
 from .host import base_profile, host_overlay, read_host
-from .overrides import apply_override, convert_profile
-from .profile import Device, Figure, TargetProfile
+from .overrides import FIGURES, apply_override, convert_profile
+from .profile import TargetProfile
 
 HOST = "host"
 _HOST_DESCRIPTION = "this machine, probed live and laid over the profile of its processor class"
-_FIGURES = {field.name for field in msgspec.structs.fields(Device) if field.type in (Figure, Figure | None)}
 _LIMIT_BYTES = 1 << 20
 
 Tables = dict[str, Any]
@@ -35,7 +36,7 @@ class TargetSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def list_targets() -> list[TargetSummary]:
-    """The host and every built-in target: host, boards, processor classes, each by name."""
+    """The host and every built-in target: host, boards, GPUs, processor classes, each by name."""
     found = [TargetSummary(name=HOST, kind="host", aliases=(), description=_HOST_DESCRIPTION)]
     for name, tables in _built_in_tables():
         if not name.startswith("_"):
@@ -47,7 +48,7 @@ def list_targets() -> list[TargetSummary]:
                     description=tables["description"],
                 )
             )
-    order = ("host", "board", "cpu-class")
+    order = ("host", "board", "gpu", "cpu-class")
     return sorted(found, key=lambda summary: (order.index(summary.kind), summary.name))
 
 
@@ -116,12 +117,8 @@ def _host_tables() -> tuple[Tables, list[str]]:
 
 
 def _canonical_name(text: str) -> str:
-    names: dict[str, str] = {HOST: HOST}
-    for name, tables in _built_in_tables():
-        if not name.startswith("_"):
-            names |= {name: name, **dict.fromkeys(tables.get("aliases", ()), name)}
     wanted = text.strip().lower().replace("_", "-")
-    known = {key.replace("_", "-"): value for key, value in names.items()}
+    known = _known_names()
     if wanted in known and known[wanted] != HOST:
         return known[wanted]
     near = list(
@@ -134,6 +131,16 @@ def _canonical_name(text: str) -> str:
     else:
         remedy = "`edgepress targets list` shows all; a profile of your own is given by its .toml path"
     raise TargetError(f"there is no target {text!r}", where="--target", remedy=remedy)
+
+
+@functools.cache
+def _known_names() -> Mapping[str, str]:
+    """Every name and alias, with - for _, to the name of its target."""
+    names: dict[str, str] = {HOST: HOST}
+    for name, tables in _built_in_tables():
+        if not name.startswith("_"):
+            names |= {name: name, **dict.fromkeys(tables.get("aliases", ()), name)}
+    return MappingProxyType({key.replace("_", "-"): value for key, value in names.items()})
 
 
 def _built_in_tables() -> Iterator[tuple[str, Tables]]:
@@ -208,7 +215,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any], *, group: str = ""
     """Tables merged key by key; a figure is replaced whole, so that its source stays its own."""
     merged = dict(under)
     for key, value in over.items():
-        whole = key == "alignment_channels" or (group == "device" and key in _FIGURES)
+        whole = key == "alignment_channels" or key in FIGURES.get(group, ())
         if isinstance(value, dict) and isinstance(merged.get(key), dict) and not whole:
             merged[key] = _merge(merged[key], value, group=key)
         else:

@@ -16,6 +16,7 @@ from edgepress.driver.cli import main
 from edgepress.driver.output import render
 from edgepress.driver.summary import speed_word, summary_blocks
 from edgepress.runtimes.timing import BenchmarkResult, Timing, compare
+from onnx import helper
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,37 @@ def test_inspect_with_a_target_says_of_every_node_why(home, capsys):
     assert all(decision["reason"] for decision in document["plan"]["decisions"])
     assert document["plan"]["target"] == "raspberry-pi-5"
     assert "first" in shown(home, "inspect model.onnx --target raspberry-pi-5", capsys)
+
+
+def test_inspect_for_a_tensorrt_target_reads_its_operator_table(home, capsys):
+    dynamic = make_model(
+        nodes=[
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"], name="quantize"),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="back"),
+            helper.make_node("MatMul", ["d", "w1"], ["h"], name="first"),
+            helper.make_node("MatMul", ["h", "w2"], ["y"], name="second"),
+        ]
+    )
+    model_file(home, dynamic, "dynamic.onnx")
+    check = told(home, "inspect dynamic.onnx --target jetson-orin-nano", capsys)["operator_check"]
+    assert (check["ready"], check["table"]) == (False, "10.1")
+    finding = next(item for item in check["findings"] if item["op"] == "DynamicQuantizeLinear")
+    assert finding["nodes"] == ["quantize"]
+    text = shown(home, "inspect dynamic.onnx --target jetson-orin-nano", capsys)
+    assert "blocked: DynamicQuantizeLinear in 1 node: quantize" in text
+    assert text.splitlines()[-1].startswith("NOT READY for jetson-orin-nano (TensorRT 10.3.0, JetPack 6.2)")
+    text = shown(home, "inspect model.onnx --target a100-80gb", capsys)
+    assert text.splitlines()[-1].startswith("READY for a100-80gb")
+    older = shown(home, "inspect model.onnx --target jetson-nano", capsys)
+    assert "opset 17 is newer than 13" in older
+
+
+def test_compiling_for_tensorrt_is_not_there_yet_and_says_what_is(home, capsys):
+    assert run_in(home, "compile model.onnx --target jetson-orin-nx --calib calib.npz -o engine") == 4
+    told_off = capsys.readouterr().err
+    assert "not there yet" in told_off
+    assert "edgepress inspect MODEL --target jetson-orin-nx" in told_off
+    assert not (home / "engine").exists()
 
 
 def test_inspect_a_bundle(home, capsys):

@@ -1,11 +1,13 @@
 """GemmToMatMul, PackSharedInput and DropNanGuard, and which fusions a target gets."""
 
+import re
+
 import compress_case as case
 import msgspec
 import numpy as np
 import pytest
 from edgepress.compress.fuse.attention import DropNanGuard, PackSharedInput
-from edgepress.compress.fuse.linear import GemmToMatMul
+from edgepress.compress.fuse.linear import FlatLinear, GemmToMatMul
 from edgepress.compress.lower import fusion_passes
 from edgepress.graph.passes import run_passes
 from edgepress.targets.profile import RuntimeOp
@@ -183,6 +185,82 @@ def test_what_is_no_guard(guard):
     case.assert_refused(guarded("s = MatMul(q, k)", guard=guard, **weights), DropNanGuard())
 
 
+FLAT = "f = Reshape(x, flat) m = MatMul(f, w)"
+BACK = """n = Shape <start = 0, end = 2> (x) t = Concat <axis = 0> (n, six)"""
+
+
+def conv1d(body, shape="float[B,S,4] x", result="float[B,S,6] y", **weights):
+    known = {"flat": np.array([-1, 4]), "six": np.array([6]), "w": case.random(1, 4, 6), **weights}
+    used = {name: array for name, array in known.items() if re.search(rf"\b{name}\b[,)]", body)}
+    return case.parse(f"({shape}) => ({result}) {{ {BACK} {body} }}", used | {"six": known["six"]})
+
+
+BATCHES = [{"x": case.random(3, 1, 5, 4)}, {"x": case.random(4, 3, 2, 4)}]
+
+
+@pytest.mark.parametrize(
+    ("body", "operators"),
+    [
+        (f"{FLAT} y = Reshape(m, t)", {"MatMul": 1}),
+        (f"{FLAT} a = Add(m, b) y = Reshape(a, t)", {"MatMul": 1, "Add": 1}),
+        (f"{FLAT} a = Add(b, m) y = Reshape(a, t)", {"MatMul": 1, "Add": 1}),
+    ],
+)
+def test_a_product_of_flattened_axes_keeps_them(body, operators):
+    changed = case.assert_rewritten(conv1d(body, b=case.random(2, 6)), FlatLinear(), BATCHES)
+    assert case.operators(changed) == operators
+
+
+def test_gpt2s_conv1d_becomes_one_product():
+    model = conv1d("f = Reshape(x, flat) g = Gemm(f, w, b) y = Reshape(g, t)", b=case.random(2, 6))
+    changed, applied, _ = case.rewrite(model, GemmToMatMul(), FlatLinear())
+    assert applied == {"gemm-to-matmul": 1, "flat-linear": 1}
+    assert case.operators(changed) == {"MatMul": 1, "Add": 1}
+    for feeds in BATCHES:
+        wanted, found = case.run(model, feeds)[0], case.run(changed, feeds)[0]
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_heads_that_are_joined_and_flattened_at_once_are_joined_only():
+    model = conv1d(f"{FLAT} a = Add(m, b) y = Reshape(a, t)", "float[B,S,2,2] x", b=case.random(2, 6))
+    feeds = [{"x": case.random(3, 1, 5, 2, 2)}, {"x": case.random(4, 3, 2, 2, 2)}]
+    changed = case.assert_rewritten(model, FlatLinear(), feeds)
+    assert case.operators(changed) == {"Reshape": 1, "MatMul": 1, "Add": 1}
+    shape = case.node_of(changed, "MatMul").inputs[0].shape  # what decides of INT8 must know the rank
+    assert [str(size) for size in shape] == ["B", "S", "4"]
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "result", "reason"),
+    [
+        (f"{FLAT} z = Reshape(m, other) y = Relu(z)", "float[2,3,4] x", "float[3,2,6] y",
+         "the result has other leading axes than the input"),
+        ("f = Reshape(x, wider) m = MatMul(f, v) y = Reshape(m, back)", "float[2,M,4] x", "float[2,6] y",
+         "more than the leading axes are flattened"),
+        (f"{FLAT} r = Relu(m) y = Reshape(m, t)", "float[B,S,4] x", "float[B,S,6] y, float[M,6] r",
+         "the flat result is also used elsewhere"),
+    ],
+)  # fmt: skip
+def test_flat_products_that_stay(body, shape, result, reason):
+    model = conv1d(
+        body, shape, result, other=np.array([3, 2, 6]), wider=np.array([2, 8]), back=np.array([2, 6]),
+        v=case.random(1, 8, 6),
+    )  # fmt: skip
+    case.assert_refused(model, FlatLinear(), reason)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "m = MatMul(x, w) y = Reshape(m, t)",
+        "f = Reshape(x, flat) m = MatMul(f, w) r = Relu(m) y = Reshape(r, t)",
+        f"{FLAT} a = Add(m, wide) y = Reshape(a, t)",
+    ],
+)
+def test_what_is_no_flat_product(body):
+    case.assert_refused(conv1d(body, wide=case.random(5, 1, 6)), FlatLinear())
+
+
 def test_the_fusions_of_a_target():
     profile = load_target(case.X86)
     linear = gemm()
@@ -194,12 +272,17 @@ def test_the_fusions_of_a_target():
         {"k": case.random(1, 4, 4, 3, 3), "w": case.random(2, 4, 6)},
     )
     assert _rules(fusion_passes(linear, profile, {})) == [
-        "conv-batch-norm", "conv-bias", "layer-norm", "gelu", "nan-guard", "gemm-to-matmul",
+        "conv-batch-norm", "conv-bias", "layer-norm", "rms-norm", "gelu", "nan-guard", "flat-linear",
+        "global-pool",
+        "empty-pad", "linear-scale", "gemm-to-matmul",
     ]  # fmt: skip
     assert "gemm-to-matmul" not in _rules(fusion_passes(convolution, profile, {}))
     assert "packed-qkv" in _rules(fusion_passes(linear, profile, {"packed-qkv": True}))
     off = dict.fromkeys(("gelu", "gemm-to-matmul", "layer-norm"), False)
-    assert _rules(fusion_passes(linear, profile, off)) == ["conv-batch-norm", "conv-bias", "nan-guard"]
+    assert _rules(fusion_passes(linear, profile, off)) == [
+        "conv-batch-norm", "conv-bias", "rms-norm", "nan-guard", "flat-linear", "global-pool",
+        "empty-pad", "linear-scale",
+    ]  # fmt: skip
     packed = RuntimeOp(
         op="PackedQKV", domain="edgepress", replaces="3 MatMul", grade="faster", source="timed"
     )

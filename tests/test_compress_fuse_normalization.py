@@ -3,7 +3,7 @@
 import compress_case as case
 import numpy as np
 import pytest
-from edgepress.compress.fuse.normalization import LayerNormFromParts
+from edgepress.compress.fuse.normalization import LayerNormFromParts, RmsNormAsQuotient
 
 NUMBERS = {
     "eps": np.float32(1e-5),
@@ -168,3 +168,69 @@ def test_in_the_body_of_a_loop_with_outer_weights():
     feeds = [{"n": np.array(3), "c": np.array(True), "x": case.random(0, 2, 8)}]
     changed = case.assert_rewritten(case.parse(text, NUMBERS, 18), LayerNormFromParts(), feeds)
     assert case.operators(changed)["LayerNormalization"] == 1
+
+
+RMS = "p = Pow(x, two) m = ReduceMean(p, axis) a = Add(m, eps) s = Sqrt(a)"
+RMS_NUMBERS = {
+    "two": np.float32(2), "one": np.float32(1), "three": np.float32(3), "axis": np.array([-1]),
+    "first": np.array([1]), "eps": np.float32(1e-6), "gain": case.random(9, 8), "narrow": case.random(9, 1),
+}  # fmt: skip
+
+
+def rms(tail, body=RMS, result="float[N,S,8] y"):
+    words = f"{body} {tail}".replace(",", " ").replace("(", " ").replace(")", " ").split()
+    weights = {name: array for name, array in RMS_NUMBERS.items() if name in words}
+    return case.parse(f"(float[N,S,8] x) => ({result}) {{ {body} {tail} }}", weights)
+
+
+RMS_FEEDS = [
+    {"x": case.random(1, 2, 3, 8)},
+    {"x": case.random(2, 1, 5, 8)},
+    {"x": np.zeros((1, 1, 8), np.float32)},
+]
+
+
+@pytest.mark.parametrize("inverse", ["r = Reciprocal(s)", "r = Div(one, s)"])
+@pytest.mark.parametrize("product", ["n = Mul(x, r)", "n = Mul(r, x)"])
+@pytest.mark.parametrize("scaled", ["y = Mul(n, gain)", "y = Mul(gain, n)"])
+def test_a_root_mean_square_norm_becomes_what_the_runtime_fuses(inverse, product, scaled):
+    model = rms(f"{inverse} {product} {scaled}")
+    changed = case.assert_rewritten(model, RmsNormAsQuotient(), RMS_FEEDS)
+    assert case.operators(changed) == {"Pow": 1, "ReduceMean": 1, "Add": 1, "Sqrt": 1, "Div": 1, "Mul": 1}
+    for feeds in RMS_FEEDS:
+        x = feeds["x"].astype(np.float64)
+        wanted = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * RMS_NUMBERS["gain"]
+        for optimise in (False, True):
+            np.testing.assert_allclose(
+                case.run(changed, feeds, optimise=optimise)[0], wanted, rtol=1e-5, atol=1e-5
+            )
+
+
+NO_GAIN = "no constant gain along the last axis follows"
+
+
+@pytest.mark.parametrize(
+    ("tail", "reason"),
+    [
+        ("r = Reciprocal(s) n = Mul(x, r) y = Neg(n)", NO_GAIN),
+        ("r = Reciprocal(s) n = Mul(x, r) y = Mul(n, narrow)", NO_GAIN),
+        ("r = Reciprocal(s) n = Mul(x, r) q = Mul(n, gain) y = Add(q, r)",
+         "the reciprocal is also used elsewhere"),
+    ],
+)  # fmt: skip
+def test_root_mean_square_norms_that_stay(tail, reason):
+    case.assert_refused(rms(tail), RmsNormAsQuotient(), reason)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        RMS.replace("two", "three"),
+        RMS.replace("axis", "first"),
+        RMS.replace("Add(m, eps)", "Mul(m, eps)"),
+        RMS.replace("s = Sqrt(a)", "s = Exp(a)"),
+        "t = Neg(x) " + RMS.replace("Pow(x", "Pow(t"),
+    ],
+)
+def test_what_is_no_root_mean_square_norm(body):
+    case.assert_refused(rms("r = Reciprocal(s) n = Mul(x, r) y = Mul(n, gain)", body), RmsNormAsQuotient())

@@ -5,6 +5,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
+from edgepress.compress.lower import fusion_passes
 from edgepress.compress.propose import Request, is_quantized, propose
 from edgepress.targets.profile import Kernel
 from edgepress.targets.registry import load_target
@@ -63,6 +64,84 @@ def test_static_without_data_stays_float_with_the_remedy():
     plan = case.plan_of(case.parse(MIXED, MIXED_W), calibrated=False)
     assert {item.node: item.form for item in plan.decisions} == {"c": "float", "m": "dynamic"}
     assert case.by_node(plan)["c"].remedy == "pass --calib DATA"
+
+
+def hybrid(width):
+    """A convolution of 8 x 6 x 6 x 4 x 9 = 10,368 MACs, and a MatMul of 64 x `width` on 36 rows; a Gemm."""
+    text = f"""(float[N,4,8,8] x, float[36,64] z, float[1,64] g) => (float[N,8,6,6] y, float[36,{width}] u,
+        float[1,{width}] v, float[1,{width}] r) {{ [c] y = Conv(x, k) [m] u = MatMul(z, w) [g] v = Gemm(g, w)
+        r = Relu(v) }}"""
+    return text, MIXED_W | {"w": case.random(1, 64, width)}
+
+
+def test_products_follow_the_convolutions_only_where_these_do_half_of_the_work():
+    few = decisions(*hybrid(32))  # 36 * 64 * 32 = 73,728
+    assert (few["c"].form, few["m"].form) == ("static", "dynamic")
+    text, weights = hybrid(32)
+    many = decisions(text.replace("float[N,4,8,8]", "float[16,4,8,8]"), weights)  # 165,888
+    assert (many["c"].form, many["m"].form, many["g"].form) == ("static", "static", "static")
+    unknown = text.replace("[c] y = Conv(x, k)", "i = Reshape(x, sizes) [c] y = Conv(i, k)")
+    unknown = unknown.replace("float[N,4,8,8] x", "float[N,4,8,8] x, int64[4] sizes")
+    unknown = unknown.replace("float[N,8,6,6] y", "float[A,B,C,D] y")
+    assert decisions(unknown, weights)["m"].form == "static"
+    asked = decisions(text, weights, quantization="static")
+    assert (asked["c"].form, asked["m"].form) == ("static", "static")
+
+
+def test_one_patch_convolution_leaves_gemm_to_become_a_dynamic_product():
+    profile = load_target(case.X86)
+    text, weights = hybrid(32)
+    for shape, rule in (("float[N,4,8,8]", True), ("float[16,4,8,8]", False)):
+        model = case.parse(text.replace("float[N,4,8,8]", shape), weights)
+        fusions = fusion_passes(model, profile, {})
+        names = [item.name for step in fusions for item in getattr(step, "rules", ())]
+        assert ("gemm-to-matmul" in names) is rule
+
+
+POOL = """(float[1,4,8,8] x) => (float[1,16,A,B] y) {{ [c] a = Conv(x, k) [p] b = AveragePool <{}> (a)
+    [d] y = Conv(b, v) }}"""
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ("kernel_shape = [3, 3], strides = [2, 2]", None),
+        ("kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1", None),
+        ("kernel_shape = [3, 3], pads = [1, 1, 1, 1], count_include_pad = 1", None),
+        ("kernel_shape = [2, 2], dilations = [2, 2]", "onnxruntime's integer kernel knows no dilations"),
+        ("kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], ceil_mode = 1, count_include_pad = 1",
+         "onnxruntime's integer kernel averages wrongly under ceil_mode with count_include_pad"),
+    ],
+)  # fmt: skip
+def test_pooling_that_the_integer_kernel_gets_wrong_stays_float(attributes, reason):
+    weights = {"k": MIXED_W["k"], "v": case.random(2, 16, 8, 1, 1)}
+    model = case.parse(POOL.format(attributes), weights)
+    plan = case.plan_of(model)
+    found = case.by_node(plan)["p"]
+    assert found.form == ("static" if reason is None else "float")
+    assert reason is None or found.reason == reason
+    feeds = [{"x": case.random(seed, 1, 4, 8, 8)} for seed in range(3)]
+    lowered = case.quantized(model, plan, feeds)
+    for sample in feeds:
+        wanted, plain = case.run(model, sample)[0], case.run(lowered, sample)[0]
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(plain, wanted, atol=0.05 * scale)
+        np.testing.assert_allclose(case.run(lowered, sample, optimise=True)[0], plain, atol=0.03 * scale)
+
+
+def test_a_product_of_constants_is_left_to_the_runtime():
+    """DeBERTa projects a constant table of relative positions in every layer."""
+    text = """(float[N,S,64] x) => (float[N,S,64] y) { n = LayerNormalization(table, g) u = Unsqueeze(n, zero)
+        [once] p = MatMul(u, w) s = ReduceSum(p, one) [each] a = MatMul(x, v) y = Add(a, s) }"""
+    weights = {
+        **W, "table": case.random(5, 16, 64), "g": np.ones(64, np.float32), "zero": np.array([0]),
+        "one": np.array([1]),
+    }  # fmt: skip
+    found = decisions(text, weights)
+    assert (found["once"].form, found["each"].form) == ("float", "dynamic")
+    assert found["once"].reason == "its input is constant: the runtime computes it once, when it loads"
+    text = text.replace("LayerNormalization(table, g)", "RandomNormalLike(table)")
+    assert decisions(text, {name: weights[name] for name in weights if name != "g"})["once"].form == "dynamic"
 
 
 def test_dynamic_and_weight_only_leave_convolutions_with_a_remedy():

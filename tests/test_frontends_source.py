@@ -126,10 +126,10 @@ def test_offline_hub_id_is_answered_from_the_cache_only(tmp_path: Path) -> None:
     (refs / "main").write_text("a" * 40)
     with pytest.raises(RuntimeUnavailable):
         load_source("nobody/nothing", cache_folder=tmp_path, offline=True)
-    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    config = {"model_type": "bert", "architectures": ["BertForPreTraining"]}
     (snapshot / "config.json").write_text(json.dumps(config))
     (snapshot / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    with pytest.raises(NotSupported, match="BertForMaskedLM"):
+    with pytest.raises(NotSupported, match="BertForPreTraining"):
         load_source("nobody/nothing", cache_folder=tmp_path, offline=True)
     (snapshot / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Net"}}))
     with pytest.raises(NotSupported, match="own Python code"):

@@ -11,6 +11,7 @@ from edgepress.targets.profile import Figure, Kernel, RuntimeOp, TargetProfile
 from edgepress.targets.registry import list_targets, load_target
 
 BUILT_IN = [summary.name for summary in list_targets() if summary.kind != "host"]
+ON_CPU = [name for name in BUILT_IN if load_target(name).runtime.name == "onnxruntime"]
 
 
 def _kernel(name: str, **fields: object) -> Kernel:
@@ -40,8 +41,11 @@ def test_the_promised_targets_are_there() -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_figure_has_a_source_or_no_evidence(name: str) -> None:
     profile = load_target(name)
-    figures = [profile.alignment_channels]
-    figures += [value for value in msgspec.structs.astuple(profile.device) if isinstance(value, Figure)]
+    parts = [part for part in (profile, profile.device, profile.gpu) if part is not None]
+    figures = [
+        value for part in parts for value in msgspec.structs.astuple(part) if isinstance(value, Figure)
+    ]
+    assert figures
     for figure in figures:
         assert figure.source
         assert figure.evidence != "none"
@@ -61,7 +65,7 @@ def test_every_figure_has_a_source_or_no_evidence(name: str) -> None:
     assert profile.runtime.limits_source
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_every_target_has_a_float_and_an_integer_path(name: str) -> None:
     profile = load_target(name)
     for op in ("MatMul", "Gemm", "Conv"):
@@ -76,7 +80,7 @@ def test_every_target_has_a_float_and_an_integer_path(name: str) -> None:
     assert (dynamic.activation, dynamic.weight) == ("uint8", "int8")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_matmul_scales_lie_on_the_output_axis(name: str) -> None:
     """Scales along K are computed wrongly by onnxruntime when K = N, without an error."""
     for kernel in load_target(name).kernels:
@@ -86,7 +90,7 @@ def test_matmul_scales_lie_on_the_output_axis(name: str) -> None:
             assert kernel.weight_axis == 0
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_bfloat16_arithmetic_is_refused_with_its_reason(name: str) -> None:
     profile = load_target(name)
     for op in ("MatMul", "Gemm", "Conv"):
@@ -138,7 +142,7 @@ def test_static_activation_type_without_static_kernels() -> None:
 
 
 def test_float16_computes_only_on_cores_that_have_it() -> None:
-    for name in BUILT_IN:
+    for name in ON_CPU:
         profile = load_target(name)
         kernel = profile.kernel("MatMul", "float", activation="float16")
         assert kernel is not None
@@ -146,7 +150,7 @@ def test_float16_computes_only_on_cores_that_have_it() -> None:
 
 
 def test_arm_targets_are_audited_with_signed_activations() -> None:
-    for name in BUILT_IN:
+    for name in ON_CPU:
         profile = load_target(name)
         expected = {"session.qdqisint8allowed": "1"} if profile.device.architecture == "aarch64" else {}
         assert profile.audit_config == expected
