@@ -174,7 +174,7 @@ COMPILE = Command(
         TOKENIZER,
         PREPROCESSOR,
         Option(
-            flags=("--recipe",),
+            flags=("--recipe", "--config"),
             metavar="FILE",
             help="start from this recipe.toml; options given beside it win over it",
         ),

@@ -166,6 +166,8 @@ def test_a_recipe_file_is_overridden_by_options(tmp_path):
     write_recipe(pinned, tmp_path / "r.toml")
     start = ["compile", "m.onnx", "--recipe", str(tmp_path / "r.toml")]
     assert recipe_from(parse_arguments(start)) == pinned
+    alias = ["compile", "m.onnx", "--config", str(tmp_path / "r.toml")]
+    assert recipe_from(parse_arguments(alias)) == pinned
     assert recipe_from(parse_arguments([*start, "--skip", "benchmark"])).pins == pinned.pins
     changed = recipe_from(parse_arguments([*start, "--set", "target.b=3", "--shape", "y:4", "--seed", "0"]))
     assert (changed.target, changed.seed, changed.pins) == ("raspberry-pi-5", 0, None)
