@@ -19,6 +19,7 @@ from ..export.manifest import (
     package_versions,
     session_settings,
 )
+from ..graph.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +42,13 @@ def golden_samples(candidate: Candidate, recipe: Recipe, data: CalibrationData |
     if "golden" in recipe.skip:
         return None
     own = None
-    if recipe.golden == "data" and data is not None:
+    if recipe.golden == "data":
+        if data is None:
+            raise DataError(
+                "there is no data to take golden samples from",
+                where="--golden data",
+                remedy="pass --calib or --eval, or leave --golden out for generated samples",
+            )
         own = [dict(feeds) for feeds, _ in zip(data, range(_GOLDEN_SAMPLES), strict=False)]
     return measure_golden(
         candidate.model,

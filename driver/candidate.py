@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from ..compress.audit import Audit, audit, demote_silent_floats
@@ -13,7 +14,7 @@ from ..compress.lower import apply_plan, fusion_passes
 from ..compress.quantize.static import static_layout
 from ..export.samples import candidate_inputs
 from ..graph.cleanup import exact_cleanup
-from ..graph.errors import EdgepressError, InternalError
+from ..graph.errors import EdgepressError, InternalError, ModelError
 from ..graph.passes import PassRecord, run_passes
 from ..graph.save import save_model
 from ..runtimes.base import SessionOptions
@@ -58,13 +59,29 @@ class Candidate:
         return SessionOptions(threads=threads, config=dict(self.config))
 
 
-def check_samples(model: Model, data: CalibrationData | None, recipe: Recipe) -> list[dict[str, Array]]:
-    """A few inputs for comparing two forms of one model: the user's, else generated ones."""
+def check_samples(
+    model: Model, data: CalibrationData | None, recipe: Recipe, baseline: OrtSession
+) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
+    """A few inputs for comparing two forms of one model, and what the untouched model answers to them.
+
+    The user's samples, else generated ones: of those the first sizes that the model takes.
+
+    Raises:
+        ModelError: if the model runs on none of the generated inputs.
+    """
     if data is not None and len(data):
-        return [feeds for feeds, _ in zip(data, range(_CHECK_SAMPLES), strict=False)]
-    for samples in candidate_inputs(model, seed=recipe.seed, count=_CHECK_SAMPLES, shapes=recipe.shapes):
-        return [dict(sample) for sample in samples]
-    raise InternalError("no inputs could be generated", where=model.origin.name)
+        own = [feeds for feeds, _ in zip(data, range(_CHECK_SAMPLES), strict=False)]
+        return own, [baseline.run(feeds) for feeds in own]
+    refused: ModelError | None = None
+    for made in candidate_inputs(model, seed=recipe.seed, count=_CHECK_SAMPLES, shapes=recipe.shapes):
+        samples = [dict(sample) for sample in made]
+        try:
+            return samples, [baseline.run(feeds) for feeds in samples]
+        except ModelError as error:
+            refused = error
+    if refused is None:
+        raise InternalError("no inputs could be generated", where=model.origin.name)
+    raise refused
 
 
 def prepare(
@@ -129,16 +146,18 @@ def build(
     ranges: Ranges,
     profile: TargetProfile,
     folder: Path,
+    *,
+    with_shapes: bool = False,
 ) -> Candidate:
     """Carry a plan out, write the file, and look up in the runtime's graph what it makes of it.
 
     Nodes that the runtime would compute in float although they were planned in integers are taken
     back to float, with that reason, and the file is made again.
     """
-    candidate = _write(prepared, plan, ranges, profile, folder)
+    candidate = _write(prepared, plan, ranges, profile, folder, with_shapes=with_shapes)
     while candidate.audit.silent_floats:  # ends: every round takes at least one node out of the plan
         plan = demote_silent_floats(plan, candidate.audit)
-        candidate = _write(prepared, plan, ranges, profile, folder)
+        candidate = _write(prepared, plan, ranges, profile, folder, with_shapes=with_shapes)
     config = dict(profile.session_config)
     slow = [
         optimizer
@@ -150,18 +169,17 @@ def build(
     return dataclasses.replace(candidate, config=config)
 
 
-def _write(prepared: Model, plan: Plan, ranges: Ranges, profile: TargetProfile, folder: Path) -> Candidate:
+def _write(
+    prepared: Model, plan: Plan, ranges: Ranges, profile: TargetProfile, folder: Path, *, with_shapes: bool
+) -> Candidate:
     layout = static_layout(prepared, plan.decisions)
     missing = [name for name in layout.observed if name not in ranges]
     if missing:
         raise InternalError("tensors were not calibrated", where=", ".join(missing[:5]))
     lowered, records = apply_plan(prepared, plan, ranges)
     folder.mkdir(parents=True, exist_ok=True)
-    files = tuple(save_model(lowered, folder / "model.onnx", with_shapes=False))
-    done = type(plan)(
-        **{field: getattr(plan, field) for field in plan.__struct_fields__ if field != "passes"},
-        passes=(*plan.passes, *records),
-    )
+    files = tuple(save_model(lowered, folder / "model.onnx", with_shapes=with_shapes))
+    done = msgspec.structs.replace(plan, passes=(*plan.passes, *records))
     return Candidate(
         model=lowered, plan=done, file=files[0], files=files, config={}, audit=audit(files[0], plan, profile)
     )

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from ..runtimes.timing import BenchmarkResult
     from ..targets.profile import Evidence, TargetProfile
 
+INT8, FUSIONS = "int8", "fusions"
+"""What a slower form is rolled back to lose, as pins name it."""
+
 _EVIDENCE_ORDER: tuple[Evidence, ...] = ("none", "modelled", "measured-elsewhere", "measured-on-target")
 
 
@@ -128,6 +131,7 @@ class _Compile:
         self.reverted: tuple[str, ...] = ()
         self.rolled_back: tuple[str, ...] = ()
         self.source_bytes = 0
+        self.built = False
 
     def open_target(self) -> None:
         self.profile = load_target(self.recipe.target, self.recipe.override_texts)
@@ -190,8 +194,10 @@ class _Compile:
         with self.reporter.stage("cleaning up and fusing"):
             self.baseline = OrtSession(self.baseline_file, SessionOptions(threads=self.recipe.threads))
             data = self.sets.evaluate or self.sets.calibrate
-            self.samples = check_samples(self.source.model, data, self.recipe)
-            self.expected = [self.baseline.run(feeds) for feeds in self.samples]
+            self.samples, self.expected = check_samples(self.source.model, data, self.recipe, self.baseline)
+            if self.keeps_source_graph():
+                self.prepared = self.source.model.fork()
+                return
             self.prepared, self.records = prepare(
                 self.source.model,
                 self.profile,
@@ -200,6 +206,10 @@ class _Compile:
                 expected=self.expected,
                 reporter=self.reporter,
             )
+
+    def keeps_source_graph(self) -> bool:
+        """Whether the recipe pins that even the float form was slower, so that nothing is changed."""
+        return self.recipe.pins is not None and FUSIONS in self.recipe.pins.rolled_back
 
     def plan(self) -> None:
         """Decide node by node; with pins, as they say."""
@@ -223,7 +233,9 @@ class _Compile:
             self._refuse_or_note(f"nothing can run in INT8 on {self.profile.name}: {'; '.join(reasons[:3])}")
         if pins is not None:
             plan = plan.revert(frozenset(pins.reverted), "pinned by the recipe")
-            if "int8" in pins.rolled_back:
+            if pins.data_sha256 is not None and pins.data_sha256 != self._data_digest():
+                self._warn("the recipe's choices were pinned on other calibration data")
+            if INT8 in pins.rolled_back or FUSIONS in pins.rolled_back:
                 plan = plan.revert(frozenset(plan.groups), "rolled back: slower, pinned by the recipe")
             self.reverted, self.rolled_back = pins.reverted, pins.rolled_back
         refusals = tuple(refusal for record in self.records for refusal in record.refused)
@@ -254,11 +266,19 @@ class _Compile:
                     progress=steps(stage.advance),
                 )
             self.ranges = {name: observer.limits(activation) for name, observer in observers.items()}
+            pins = self.recipe.pins
+            if pins is not None and pins.ranges_sha256 not in (None, _ranges_digest(self.ranges)):
+                self._warn("calibration found other ranges than those that the recipe pins")
             for name, observer in observers.items():
                 if observer.masked:
                     self.notes.append(f"{name}: {observer.masked} mask values left out of its range")
         with self.reporter.stage("applying the plan"):
             self.candidate = self.lower(self.current_plan, self.folder / "candidate")
+        self.built = True
+        for finding in self.candidate.audit.unplanned:
+            self._warn(
+                f"{finding.node} is planned in float, but the runtime makes {finding.runtime_op} of it"
+            )
 
     def _centre(self) -> None:
         """Centre normalised activations on the calibration data: the same function, finer steps."""
@@ -285,7 +305,9 @@ class _Compile:
         )
 
     def lower(self, plan: Plan, folder: Path) -> Candidate:
-        return build(self.prepared, plan, self.ranges, self.profile, folder)
+        return build(
+            self.prepared, plan, self.ranges, self.profile, folder, with_shapes=self.keeps_source_graph()
+        )
 
     def hold_limits(self) -> None:
         if "drift" in self.recipe.skip or self.sets.evaluate is None:
@@ -309,23 +331,45 @@ class _Compile:
         self.timing = self._time()
         if self.profile.kind != "host" or self.recipe.pins is not None:
             return
+        if self.candidate.plan.groups:
+            text = self._slowness("INT8")
+            if text is None:
+                return
+            if self.recipe.precision == "int8":
+                self._warn(f"{text}; kept because --precision int8 asks for it")
+                return
+            self._warn(f"{text}: rolled back to float")
+            self.rolled_back += (INT8,)
+            groups = frozenset(self.candidate.plan.groups)
+            plan = self.candidate.plan.revert(groups, f"rolled back: {text}")
+            self._replace(self.lower(plan, self.folder / "float"))
+        text = self._slowness("the cleaned and fused float form")
+        if text is not None:
+            self._warn(f"{text}: the graph that went in is kept as it is")
+            self.rolled_back += (FUSIONS,)
+            plan = msgspec.structs.replace(self.candidate.plan, passes=())
+            source = self.source.model.fork()
+            folder = self.folder / "source"
+            self._replace(build(source, plan, {}, self.profile, folder, with_shapes=True))
+
+    def _slowness(self, form: str) -> str | None:
+        """What to say of a form that was timed slower than the model that went in; None if it was not."""
+        assert self.timing is not None
         comparison = next(item for item in self.timing.comparisons if item.candidate == COMPILED)
-        if not comparison.is_slower() or not self.candidate.plan.groups:
-            return
-        text = f"INT8 runs at {comparison.ratio:.2f}x of the model that went in, on this machine"
-        if self.recipe.precision == "int8":
-            self._warn(f"{text}; kept because --precision int8 asks for it")
-            return
-        groups = frozenset(self.candidate.plan.groups)
-        self._warn(f"{text}: rolled back to float")
-        self.rolled_back += ("int8",)
-        self.candidate = self.lower(
-            self.candidate.plan.revert(groups, f"rolled back: {text}"), self.folder / "float"
-        )
+        if not comparison.is_slower():
+            return None
+        return f"{form} runs at {comparison.ratio:.2f}x of the model that went in, on this machine"
+
+    def _replace(self, candidate: Candidate) -> None:
+        """Take another candidate, with its own drift and timing."""
+        self.candidate = candidate
         if self.drift is not None:
             self.drift = None
             self.hold_limits()
         self.timing = self._time()
+
+    def _data_digest(self) -> str | None:
+        return None if self.sets.calibrate is None else self.sets.calibrate.digest
 
     def _warn(self, text: str) -> None:
         self.notes.append(text)
@@ -360,7 +404,7 @@ class _Compile:
         compute = {item.form for item in plan.quantized() if item.op not in TABLE_OPS}
         pins = Pins(
             model_sha256=self.source.model.fingerprint(),
-            data_sha256=self.sets.calibrate.digest if self.sets.calibrate is not None else None,
+            data_sha256=self._data_digest(),
             precision="int8" if plan.groups else "fp32",
             quantization=next(iter(compute)) if len(compute) == 1 else self.recipe.quantization,  # type: ignore[arg-type]
             calib_method=self.recipe.calib_method if self.ranges else None,
@@ -390,14 +434,13 @@ class _Compile:
         return place
 
     def result(self, place: Path | None, model: str = "") -> CompileResult:
-        finished = hasattr(self, "candidate")
-        plan = self.candidate.plan if finished else self.current_plan
+        plan = self.candidate.plan if self.built else self.current_plan
         return CompileResult(
             bundle=place,
             target=self.profile.name,
-            evidence=self.evidence() if finished else "none",
+            evidence=self.evidence() if self.built else "none",
             plan=plan,
-            recipe=self.pinned() if finished else self.recipe,
+            recipe=self.pinned() if self.built else self.recipe,
             drift=self.drift,
             benchmark=self.timing,
             sizes=Sizes(

@@ -135,8 +135,12 @@ def test_limit_that_even_float_breaks_leaves_no_bundle(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.npz", "m.onnx"]
 
 
-def fake_timing(ratio):
+def fake_timing(*ratios):
+    """Timings with these ratios in turn; the last one stays."""
+    left = list(ratios)
+
     def timed(*_arguments, **_options):
+        ratio = left.pop(0) if len(left) > 1 else left[0]
         comparison = Comparison(
             baseline="before", candidate="after", ratio=ratio, pair_ratios=(ratio,), low=ratio, high=ratio
         )
@@ -145,8 +149,43 @@ def fake_timing(ratio):
     return timed
 
 
+def test_float_form_that_is_slower_leaves_the_graph_that_went_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_module, "time_against_baseline", fake_timing(0.5, 0.9, 1.0))
+    source, data = cnn(tmp_path / "m.onnx", batch_norm=True), images(tmp_path / "d.npz")
+    heard = Heard()
+    asked = recipe("host", skip=(), max_drift=(DriftLimit(metric="l2", limit=0.5),))
+    result = compiled(source, tmp_path, target="host", calib=data, recipe=asked, reporter=heard)
+    assert result.recipe.pins.rolled_back == ("int8", "fusions")
+    assert operators(result.bundle) == [node.op_type for node in onnx.load(source).graph.node]
+    assert result.drift.l2 == 0.0
+    assert [warning.split(" runs at ")[0] for warning in heard.warnings if " runs at " in warning] == [
+        "INT8",
+        "the cleaned and fused float form",
+    ]
+    replayed = compiled(source, tmp_path, target="host", out="again", calib=data, recipe=result.recipe)
+    assert (replayed.bundle / "model.onnx").read_bytes() == (result.bundle / "model.onnx").read_bytes()
+
+
+def test_other_data_than_the_pinned_is_told(tmp_path):
+    source = cnn(tmp_path / "c.onnx")
+    asked = recipe(max_drift=(DriftLimit(metric="l2", limit=0.5),))
+    first = compiled(source, tmp_path, calib=images(tmp_path / "d.npz"), recipe=asked)
+    heard = Heard()
+    other = images(tmp_path / "other.npz", seed=99)
+    compiled(source, tmp_path, out="again", calib=other, recipe=first.recipe, reporter=heard)
+    assert any("other calibration data" in warning for warning in heard.warnings)
+    assert any("other ranges" in warning for warning in heard.warnings)
+
+
+def test_golden_samples_of_data_need_data(tmp_path):
+    asked = recipe(golden="data", skip=("drift", "benchmark"))
+    with pytest.raises(DataError, match="golden"):
+        compiled(mlp(tmp_path / "m.onnx"), tmp_path, recipe=asked)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_slower_int8_is_rolled_back_on_the_host(tmp_path, monkeypatch):
-    monkeypatch.setattr(compile_module, "time_against_baseline", fake_timing(0.5))
+    monkeypatch.setattr(compile_module, "time_against_baseline", fake_timing(0.5, 1.0))
     source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz")
     heard = Heard()
     result = compiled(

@@ -680,7 +680,7 @@ def test_notes_of_a_model_in_memory_are_dropped():
         ("home", "~/models", False),
         ("windows", r"C:\models\x.pt", False),
         ("share", r"\\server\models", False),
-        ("url", "file:///tmp/x", False),
+        ("url", "file:///data/x", False),
         ("pkg.torch.export.graph_signature", "ExportedProgram", False),
     ],
 )
