@@ -65,6 +65,8 @@ class Rewrite(Pass):
             if not fired:
                 break
             remove_dead(model)
+        else:
+            outcome.refuse("graph", self.name, f"rules still fire after {_SWEEPS} sweeps: stopped there")
         for (node, rule), reason in refusals.items():
             outcome.refuse(node, rule, reason)
         return outcome

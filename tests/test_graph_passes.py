@@ -1,6 +1,7 @@
 """The contract of a pass: what it says it did is checked."""
 
 import dataclasses
+from typing import NamedTuple
 
 import onnx_ir as ir
 import pytest
@@ -8,6 +9,7 @@ import zoo
 from edgepress.graph.errors import InternalError, ModelError
 from edgepress.graph.model import TensorSpec
 from edgepress.graph.passes import Outcome, Pass, Refusal, run_passes
+from edgepress.graph.rewrite import Rewrite
 
 RELU = "g (float[N,4] x) => (float[N,4] y) <float[4] w = {1,2,3,4}> { a = Add(x, w)  y = Relu(a) }"
 
@@ -196,3 +198,22 @@ def test_shared_weights_count_once():
     value = ir.Value(name="v", type=ir.TensorType(tied.dtype), shape=ir.Shape([4]), const_value=tied)
     model.graph.register_initializer(value)
     assert model.weight_bytes == 16
+
+
+class Restless(NamedTuple):
+    """A rule with a bug: it finds something to do for ever."""
+
+    name: str = "restless"
+    roots: frozenset[str] = frozenset({"Relu", "Abs"})
+
+    def apply(self, node, editor):
+        kind = "Abs" if node.op_type == "Relu" else "Relu"
+        editor.replace(node.outputs[0], editor.value(kind, node.inputs, before=node, stem="again"))
+        return True
+
+
+def test_rules_that_never_rest_are_stopped_and_told_of():
+    model = zoo.load("g (float[N] x) => (float[N] y) { a = Relu(x)  y = Neg(a) }")
+    (record,) = run_passes(model, [Rewrite(rules=(Restless(),))])
+    assert record.applied["restless"] > 1
+    assert record.refused[-1].reason.startswith("rules still fire after")
