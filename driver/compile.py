@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..calibration.collect import collect_channel_limits, collect_ranges
 from ..compress.operands import TABLE_OPS
 from ..compress.plan import Plan
 from ..compress.propose import Request, is_quantized, propose
-from ..compress.quantize.centre import CENTRE, CentreActivations, centrable
-from ..compress.quantize.static import static_layout
 from ..compress.recipe import Pins, Recipe
 from ..export.place import check_output
 from ..export.verify import verify_bundle
 from ..frontends.source import Source, load_source
 from ..graph.errors import NotSupported, RecipeError
 from ..graph.load import require_no_nan
-from ..graph.passes import run_passes
 from ..graph.save import save_model
 from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from ..targets.registry import load_target
-from .budget import hold, open_budget, steps
+from .budget import hold, open_budget
 from .bundling import bundle
 from .cache import cache_folder
 from .candidate import Candidate, build, check_samples, difference, prepare
-from .data_sets import DataSets, check_shapes, input_shapes, open_data_sets
-from .local_benchmark import COMPILED, WITHOUT_OPTIONS, time_against_baseline, timing_inputs
+from .data_sets import DataSets, check_shapes, open_data_sets
+from .local_benchmark import COMPILED, WITHOUT_OPTIONS, slowness, time_against_baseline, timing_inputs
+from .observing import centred, observe_ranges, ranges_digest
 from .reporter import Reporter, SilentReporter
-from .result import CompileResult, Sizes
+from .result import CompileResult, Sizes, next_commands, weakest_evidence
 from .workspace import workspace
 
 if TYPE_CHECKING:
+    from ..calibration.data import CalibrationData
     from ..calibration.drift import DriftReport
     from ..compress.quantize.static import Ranges
     from ..graph.model import Model
@@ -47,8 +43,6 @@ if TYPE_CHECKING:
 
 INT8, FUSIONS = "int8", "fusions"
 """What a slower form is rolled back to lose, as pins name it."""
-
-_EVIDENCE_ORDER: tuple[Evidence, ...] = ("none", "modelled", "measured-elsewhere", "measured-on-target")
 
 
 def compile_model(
@@ -251,27 +245,9 @@ class _Compile:
 
     def build(self) -> None:
         """Centre what is dynamic, calibrate what is static, apply the plan, let the runtime confirm it."""
-        self._centre()
-        observed = static_layout(self.prepared, self.current_plan.decisions).observed
-        if observed and self.sets.calibrate is not None:
-            activation = static_layout(self.prepared, self.current_plan.decisions).activation
-            assert activation is not None
-            with self.reporter.stage("calibrating", len(self.sets.calibrate)) as stage:
-                observers = collect_ranges(
-                    self.prepared,
-                    observed,
-                    self.sets.calibrate,
-                    method=self.recipe.calib_method,
-                    options=SessionOptions(threads=self.recipe.threads, graph_optimization_level="basic"),
-                    progress=steps(stage.advance),
-                )
-            self.ranges = {name: observer.limits(activation) for name, observer in observers.items()}
-            pins = self.recipe.pins
-            if pins is not None and pins.ranges_sha256 not in (None, _ranges_digest(self.ranges)):
-                self._warn("calibration found other ranges than those that the recipe pins")
-            for name, observer in observers.items():
-                if observer.masked:
-                    self.notes.append(f"{name}: {observer.masked} mask values left out of its range")
+        if self.sets.calibrate is not None:
+            self._centre(self.sets.calibrate)
+            self._calibrate(self.sets.calibrate)
         with self.reporter.stage("applying the plan"):
             self.candidate = self.lower(self.current_plan, self.folder / "candidate")
         self.built = True
@@ -280,29 +256,26 @@ class _Compile:
                 f"{finding.node} is planned in float, but the runtime makes {finding.runtime_op} of it"
             )
 
-    def _centre(self) -> None:
-        """Centre normalised activations on the calibration data: the same function, finer steps."""
-        names = centrable(self.prepared, self.current_plan.decisions)
-        if not names or self.sets.calibrate is None or not self.recipe.fusions.get(CENTRE, True):
+    def _calibrate(self, data: CalibrationData) -> None:
+        self.ranges, notes = observe_ranges(
+            self.prepared, self.current_plan, data, self.recipe, self.reporter
+        )
+        self.notes += notes
+        pins = self.recipe.pins
+        if pins is not None and self.ranges and pins.ranges_sha256 not in (None, ranges_digest(self.ranges)):
+            self._warn("calibration found other ranges than those that the recipe pins")
+
+    def _centre(self, data: CalibrationData) -> None:
+        made = centred(self.prepared, self.current_plan, data, self.recipe, self.reporter)
+        if made is None:
             return
-        with self.reporter.stage("centring activations", len(self.sets.calibrate)) as stage:
-            limits = collect_channel_limits(
-                self.prepared,
-                names,
-                self.sets.calibrate,
-                options=SessionOptions(threads=self.recipe.threads, graph_optimization_level="basic"),
-                progress=steps(stage.advance),
-            )
-            centred = self.prepared.fork()
-            records = run_passes(centred, [CentreActivations(limits=limits)])
-        problem = difference(centred, self.samples, self.expected)
+        problem = difference(made[0], self.samples, self.expected)
         if problem is not None:
             self._warn(f"centring changed the results ({problem}): left out")
             return
-        self.prepared = centred
-        self.current_plan = msgspec.structs.replace(
-            self.current_plan, passes=(*self.current_plan.passes, *records)
-        )
+        self.prepared = made[0]
+        passes = (*self.current_plan.passes, *made[1])
+        self.current_plan = msgspec.structs.replace(self.current_plan, passes=passes)
 
     def lower(self, plan: Plan, folder: Path) -> Candidate:
         return build(
@@ -332,7 +305,7 @@ class _Compile:
         if self.profile.kind != "host" or self.recipe.pins is not None:
             return
         if self.candidate.plan.groups:
-            text = self._slowness("INT8")
+            text = slowness(self.timing, "INT8")
             if text is None:
                 return
             if self.recipe.precision == "int8":
@@ -343,7 +316,7 @@ class _Compile:
             groups = frozenset(self.candidate.plan.groups)
             plan = self.candidate.plan.revert(groups, f"rolled back: {text}")
             self._replace(self.lower(plan, self.folder / "float"))
-        text = self._slowness("the cleaned and fused float form")
+        text = slowness(self.timing, "the cleaned and fused float form")
         if text is not None:
             self._warn(f"{text}: the graph that went in is kept as it is")
             self.rolled_back += (FUSIONS,)
@@ -351,14 +324,6 @@ class _Compile:
             source = self.source.model.fork()
             folder = self.folder / "source"
             self._replace(build(source, plan, {}, self.profile, folder, with_shapes=True))
-
-    def _slowness(self, form: str) -> str | None:
-        """What to say of a form that was timed slower than the model that went in; None if it was not."""
-        assert self.timing is not None
-        comparison = next(item for item in self.timing.comparisons if item.candidate == COMPILED)
-        if not comparison.is_slower():
-            return None
-        return f"{form} runs at {comparison.ratio:.2f}x of the model that went in, on this machine"
 
     def _replace(self, candidate: Candidate) -> None:
         """Take another candidate, with its own drift and timing."""
@@ -376,11 +341,7 @@ class _Compile:
         self.reporter.warn(text)
 
     def _time(self) -> BenchmarkResult:
-        encoder = self.source.encoder
-        shapes = input_shapes(self.source.model, self.recipe, encoder.max_length if encoder else None)
-        feeds = timing_inputs(
-            self.source.model, shapes, self.recipe.seed, encoder.vocab_size if encoder else None
-        )
+        feeds = timing_inputs(self.source, self.recipe)
         threads = self.recipe.threads
         forms = [(COMPILED, self.candidate.file, self.candidate.options(threads))]
         if self.candidate.config:
@@ -388,15 +349,8 @@ class _Compile:
         return time_against_baseline(self.baseline_file, forms, feeds, threads, self.reporter)
 
     def evidence(self) -> Evidence:
-        """The grade of the weakest choice among the operators that do the work.
-
-        A timing of the whole model on the target itself outranks the kernels' grades. Tables and
-        connecting operators are chosen for their bytes, not for their speed.
-        """
-        if self.profile.kind == "host" and self.timing is not None:
-            return "measured-on-target"
-        grades = [item.evidence for item in self.candidate.plan.quantized() if item.macs is not None]
-        return min(grades, key=_EVIDENCE_ORDER.index, default="none")
+        timed_there = self.profile.kind == "host" and self.timing is not None
+        return "measured-on-target" if timed_there else weakest_evidence(self.candidate.plan)
 
     def pinned(self) -> Recipe:
         """The recipe with the choices that were made, so that a replay times nothing."""
@@ -411,7 +365,7 @@ class _Compile:
             fusions=dict(self.recipe.fusions),
             reverted=self.reverted,
             rolled_back=self.rolled_back,
-            ranges_sha256=_ranges_digest(self.ranges) if self.ranges else None,
+            ranges_sha256=ranges_digest(self.ranges) if self.ranges else None,
         )
         return msgspec.structs.replace(self.recipe, pins=pins)
 
@@ -450,20 +404,5 @@ class _Compile:
             refusals=plan.refusals,
             stamps=self.sets.stamps,
             notes=(self.source.baseline_note, *self.sets.notes, *self.notes),
-            next_commands=_next_commands(place, model),
+            next_commands=next_commands(place, model),
         )
-
-
-def _ranges_digest(ranges: Ranges) -> str:
-    return hashlib.sha256(msgspec.json.encode(sorted(ranges.items()))).hexdigest()
-
-
-def _next_commands(place: Path | None, model: str) -> tuple[str, ...]:
-    if place is None:
-        return ()
-    folder = shlex.quote(str(place))
-    return (
-        f"edgepress inspect {folder}",
-        f"edgepress verify {folder}",
-        f"edgepress benchmark {folder} --baseline {shlex.quote(model)}",
-    )

@@ -16,12 +16,14 @@ from ..runtimes.peak_memory import measure_peak_memory
 from ..runtimes.timing import BenchmarkResult, Schedule, benchmark
 from ..runtimes.timing import Candidate as Timed
 from .budget import steps
+from .data_sets import input_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from ..graph.model import Model
+    from ..compress.recipe import Recipe
+    from ..frontends.source import Source
     from ..runtimes.base import Array, Runner
     from .reporter import Reporter
 
@@ -31,17 +33,26 @@ WITHOUT_OPTIONS = "after, default session options"
 _SCHEDULE = Schedule(pairs=5, runs=16, limit_s=30.0)
 
 
-def timing_inputs(
-    model: Model, shapes: Mapping[str, tuple[int, ...]], seed: int, vocab_size: int | None
-) -> dict[str, Array]:
-    """One generated input set of the given shapes: ids inside the vocabulary, masks all ones.
+def timing_inputs(source: Source, recipe: Recipe) -> dict[str, Array]:
+    """One generated input set of the recipe's shapes: ids inside the vocabulary, masks all ones.
 
     Latency does not depend on the values, so this needs no user data and is the same everywhere.
     """
+    model, encoder = source.model, source.encoder
+    shapes = input_shapes(model, recipe, encoder.max_length if encoder else None)
+    vocab_size = encoder.vocab_size if encoder else None
     made = generated_data(
-        model.inputs, shapes, 1, seed, index_limits=index_bounds(model), vocab_size=vocab_size
+        model.inputs, shapes, 1, recipe.seed, index_limits=index_bounds(model), vocab_size=vocab_size
     )
     return {name: np.asarray(values) for name, values in next(iter(made)).items()}
+
+
+def slowness(timing: BenchmarkResult, form: str) -> str | None:
+    """What to say of a form that was timed slower than the model that went in; None if it was not."""
+    comparison = next(item for item in timing.comparisons if item.candidate == COMPILED)
+    if not comparison.is_slower():
+        return None
+    return f"{form} runs at {comparison.ratio:.2f}x of the model that went in, on this machine"
 
 
 def time_against_baseline(

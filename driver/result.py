@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from ..targets.profile import Evidence
 if TYPE_CHECKING:
     from ..calibration.drift import DriftReport
     from ..runtimes.timing import BenchmarkResult
+
+
+_EVIDENCE_ORDER: tuple[Evidence, ...] = ("none", "modelled", "measured-elsewhere", "measured-on-target")
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,3 +58,24 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     stamps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     next_commands: tuple[str, ...] = ()
+
+
+def weakest_evidence(plan: Plan) -> Evidence:
+    """The grade of the weakest choice among the operators that do the work; "none" if there is none.
+
+    Tables and connecting operators are chosen for their bytes, not for their speed.
+    """
+    grades = [item.evidence for item in plan.quantized() if item.macs is not None]
+    return min(grades, key=_EVIDENCE_ORDER.index, default="none")
+
+
+def next_commands(place: Path | None, model: str) -> tuple[str, ...]:
+    """Whole command lines to try next on the bundle at `place` that came of `model`."""
+    if place is None:
+        return ()
+    folder = shlex.quote(str(place))
+    return (
+        f"edgepress inspect {folder}",
+        f"edgepress verify {folder}",
+        f"edgepress benchmark {folder} --baseline {shlex.quote(model)}",
+    )
