@@ -13,7 +13,6 @@ from ..calibration.drift import DriftReport, measure_drift
 from ..calibration.limits import LimitResult, check_limits, default_metric
 from ..calibration.reference import ReferenceOutputs
 from ..graph.errors import DriftExceeded
-from ..runtimes.ort_runtime import OrtSession
 from .candidate import Candidate
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from ..compress.plan import Plan
     from ..compress.recipe import Recipe
     from ..graph.model import Task
+    from ..runtimes.ort_runtime import OrtSession
     from .reporter import Reporter
 
 _RANKING_SAMPLES = 16
@@ -44,7 +44,7 @@ class Budget:
 
     def measure(self, candidate: Candidate, reporter: Reporter) -> tuple[DriftReport, list[LimitResult]]:
         """The drift of a candidate on the evaluation data, and how the limits stand."""
-        session = OrtSession(candidate.file, candidate.options(self.threads))
+        session = candidate.session(self.threads)
         with reporter.stage("measuring drift", len(self.data)) as stage:
             report = measure_drift(
                 self.baseline,
@@ -168,7 +168,7 @@ def rank_groups(
             others = frozenset(groups) - {group}
             with tempfile.TemporaryDirectory(dir=folder, prefix="alone-") as place:
                 alone = build(plan.revert(others, "float while another group is measured"), Path(place))
-                session = OrtSession(alone.file, alone.options(budget.threads))
+                session = alone.session(budget.threads)
                 report = measure_drift(budget.baseline, session, few, budget.task, reference_cache=reference)
             drifts[group] = float("inf") if report.l2 is None and report.max_abs != 0 else report.l2 or 0.0
             stage.advance()

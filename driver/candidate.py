@@ -58,6 +58,10 @@ class Candidate:
         """Session options as the bundle will have them."""
         return SessionOptions(threads=threads, config=dict(self.config))
 
+    def session(self, threads: int) -> OrtSession:
+        """A session to compare answers with; not for timing, since large weights stay mapped."""
+        return OrtSession(self.file, self.options(threads).for_answers(self.file_bytes))
+
 
 def check_samples(
     model: Model, data: CalibrationData | None, recipe: Recipe, baseline: OrtSession

@@ -186,7 +186,8 @@ class _Compile:
             self.baseline_file = files[0]
             self.source_bytes = sum(file.stat().st_size for file in files)
         with self.reporter.stage("cleaning up and fusing"):
-            self.baseline = OrtSession(self.baseline_file, SessionOptions(threads=self.recipe.threads))
+            options = SessionOptions(threads=self.recipe.threads).for_answers(self.source_bytes)
+            self.baseline = OrtSession(self.baseline_file, options)
             data = self.sets.evaluate or self.sets.calibrate
             self.samples, self.expected = check_samples(self.source.model, data, self.recipe, self.baseline)
             if self.keeps_source_graph():

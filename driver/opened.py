@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..export.manifest import Manifest
 from ..export.verify import read_manifest
 from ..frontends.source import load_source
 from ..frontends.text import TextEncoder
@@ -31,6 +32,7 @@ class Opened:
             be exported first.
         model: the graph in memory; None for a bundle.
         options: a bundle's own session options; the runtime's defaults for a model.
+        weight_bytes: of its weights; of a bundle, of the model's files.
         inputs: what it takes.
         task: what its outputs mean.
         encoder: turns texts into inputs, where it carries a tokenizer.
@@ -42,6 +44,7 @@ class Opened:
     file: Path | None
     model: Model | None
     options: SessionOptions
+    weight_bytes: int
     inputs: tuple[TensorSpec, ...]
     task: Task
     encoder: TextEncoder | None
@@ -67,14 +70,14 @@ class Opened:
         return path
 
     def session(self) -> OrtSession:
-        """A new session.
+        """A new session to compare answers with; large weights stay mapped.
 
         Raises:
             ModelError: if the runtime refuses the model.
             RuntimeUnavailable: if the runtime cannot be used here.
         """
         if self.file is not None:
-            return OrtSession(self.file, self.options)
+            return OrtSession(self.file, self.options.for_answers(self.weight_bytes))
         return OrtSession.from_model(self.graph(), self.options)
 
 
@@ -115,6 +118,7 @@ def open_named(
         file=path if path.is_file() and source.model.origin.kind == "onnx" else None,
         model=source.model,
         options=SessionOptions(threads=threads),
+        weight_bytes=source.model.weight_bytes,
         inputs=source.model.inputs,
         task=source.model.task,
         encoder=source.encoder,
@@ -135,11 +139,17 @@ def _open_bundle(path: Path, named: str, threads: int) -> Opened:
             graph_optimization_level=settings.graph_optimization_level,
             config=dict(settings.config),
         ),
+        # A file that is missing or not whole is said when it is opened, or by verify.
+        weight_bytes=sum(file.stat().st_size for file in _model_files(path, manifest) if file.is_file()),
         inputs=manifest.model.inputs,
         task=manifest.task,
         encoder=_encoder(path) if "tokenizer.json" in manifest.assets else None,
         preprocessor=path / "assets" / _PREPROCESSOR if _PREPROCESSOR in manifest.assets else None,
     )
+
+
+def _model_files(path: Path, manifest: Manifest) -> list[Path]:
+    return [path / name for name in manifest.model.files]
 
 
 def _encoder(bundle: Path) -> TextEncoder | None:

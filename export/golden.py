@@ -19,6 +19,7 @@ import numpy as np
 
 from ..graph.errors import DataError, ModelError, Unavailable, UserError
 from ..graph.model import Model
+from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from .environment import numeric_environment
 from .manifest import (
@@ -113,14 +114,14 @@ def measure_golden(
         DataError: if the user's samples are none, or the model does not run on them.
     """
     numerics = arithmetic(model)
-    reference = OrtSession(model_file, settings.options(threads=threads))
+    reference = _session(model, model_file, settings.options(threads=threads))
     samples, outputs = _run_first(model, reference, inputs, seed=seed, shapes=shapes)
     # Whether a rounding flips is a matter of luck with three inputs: look at more of them.
     probes = probe_inputs(model, seed=seed + 1, shapes=shapes) if numerics == "int8" else ()
     pairs = [*zip(samples, outputs, strict=True), *_runnable(reference, probes)]
     repeats = [reference.run(sample) for sample in samples]
     del reference
-    variants = [(outputs, repeats), *_other_lowerings(model_file, settings, threads, pairs)]
+    variants = [(outputs, repeats), *_other_lowerings(model, model_file, settings, threads, pairs)]
     record = GoldenRecord(
         source="generated" if inputs is None else "data",
         seed=seed,
@@ -253,8 +254,16 @@ def _runnable(session: OrtSession, probes: Iterable[Feeds]) -> list[tuple[Feeds,
     return found
 
 
+def _session(model: Model, model_file: Path, options: SessionOptions) -> OrtSession:
+    return OrtSession(model_file, options.for_answers(model.weight_bytes))
+
+
 def _other_lowerings(
-    model_file: Path, settings: SessionSettings, threads: int, pairs: Sequence[tuple[Feeds, Feeds]]
+    model: Model,
+    model_file: Path,
+    settings: SessionSettings,
+    threads: int,
+    pairs: Sequence[tuple[Feeds, Feeds]],
 ) -> list[_Variant]:
     """The same inputs at optimization levels that change the kernels, but not the mathematics."""
     own = settings.graph_optimization_level
@@ -267,7 +276,7 @@ def _other_lowerings(
         # Without optimizations some operators have no kernel; then a level between has to do.
         with contextlib.suppress(UserError, Unavailable):
             options = msgspec.structs.replace(settings, graph_optimization_level=level)
-            session = OrtSession(model_file, options.options(threads=threads))
+            session = _session(model, model_file, options.options(threads=threads))
             found.append(([output for _, output in pairs], [session.run(sample) for sample, _ in pairs]))
     return found
 

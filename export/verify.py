@@ -187,7 +187,8 @@ def _check_model(path: Path, manifest: Manifest, *, exact: bool, progress: Progr
     golden = manifest.golden
     options = manifest.session_options.options(threads=golden.threads if golden is not None else 1)
     try:
-        session = OrtSession(path / "model.onnx", options)
+        weight_bytes = sum((path / name).stat().st_size for name in manifest.model.files)
+        session = OrtSession(path / "model.onnx", options.for_answers(weight_bytes))
     except UserError as error:
         return [f"model.onnx: {error.what}" + (f" ({error.why})" if error.why else "")]
     problems = [

@@ -35,6 +35,10 @@ _LEVEL_NAMES = {
 }
 
 
+MAPPED_ABOVE_BYTES = 1 << 29
+"""Weights beyond this stay mapped from their file in sessions that are run for their answers only."""
+
+
 class SessionOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a session runs.
 
@@ -58,6 +62,18 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """The optimization level by the name of onnxruntime's enum; None is the default."""
         level = self.graph_optimization_level
         return None if level is None else _LEVEL_NAMES.get(level, level)
+
+    def for_answers(self, weight_bytes: int) -> SessionOptions:
+        """These options for a session whose answers count and whose speed does not.
+
+        Above `MAPPED_ABOVE_BYTES` of weights the runtime makes no packed copies of them: they stay
+        mapped from their file, which the system can take back at any time. An entry that is there
+        already is kept.
+        """
+        if weight_bytes <= MAPPED_ABOVE_BYTES:
+            return self
+        config = {"session.disable_prepacking": "1", **self.config}
+        return msgspec.structs.replace(self, config=config)
 
 
 class Runner(Protocol):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -62,7 +63,7 @@ class OrtSession:
         """Open a graph that is in memory.
 
         Weights up to 1 GiB go over as bytes; larger ones through a temporary folder, which is
-        removed as soon as the session has read or mapped it.
+        removed as soon as the session has read or mapped it, and stay mapped (`for_answers`).
 
         Raises:
             ModelError: if onnxruntime refuses the model.
@@ -74,7 +75,8 @@ class OrtSession:
             with tempfile.TemporaryDirectory(prefix="edgepress-session-") as folder:
                 path = Path(folder) / "model.onnx"
                 save_model(model, path)
-                session = cls(path, options, name=model.origin.name)
+                sparing = (options or SessionOptions()).for_answers(model.weight_bytes)
+                session = cls(path, sparing, name=model.origin.name)
         # onnxruntime reports an unknown rank and a scalar alike: the graph knows which it is.
         session._inputs = tuple(_with_known_rank(spec, model.inputs) for spec in session._inputs)
         return session
@@ -147,7 +149,9 @@ def optimised_graph(model: Model | Path | bytes, options: SessionOptions | None 
         ModelError: if onnxruntime refuses the model.
         RuntimeUnavailable: as `OrtSession`.
     """
+    # Packing comes after the rewriting: left out, large weights stay mapped and nothing else changes.
     wanted = options or SessionOptions()
+    wanted = msgspec.structs.replace(wanted, config={**wanted.config, "session.disable_prepacking": "1"})
     with tempfile.TemporaryDirectory(prefix="edgepress-optimised-") as folder:
         target = Path(folder) / "optimised.onnx"
         source: Path | bytes
