@@ -35,6 +35,10 @@ class Report:
         """Print a paragraph."""
         print(text, flush=True)
 
+    def machine(self) -> str:
+        """The processor and the packages, in one line."""
+        return "; ".join(machine.lines(self._document["machine"])[:2])
+
     def progress(self, text: str) -> None:
         """Say on stderr what is being done."""
         print(f"… {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,9 @@
 """Transformers architectures with random weights, made from their configs, and their ONNX exports.
 
-Every tensor is random, norm scales and shifts and running statistics too: a net whose LayerNorms are
-the identity hides wrong fusions.
+Every tensor is random, norm scales and shifts and running statistics too: a net whose LayerNorms are the
+identity hides wrong fusions. Residual branches of convolutions end in small scales, as training from
+zero-initialised ones leaves them (Goyal et al. 2017, arXiv:1706.02677, section 5.1): without, a deep random
+net is so badly conditioned that rounding alone moves its scores.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Architecture:
             config = getattr(transformers, self.config)(**fields)
             module = getattr(transformers, self.model)(config)
             module = module if self.part is None else getattr(module, self.part)
-            return _randomised(module.eval())
+            _randomise(module.eval())
+            return module
 
     def shapes(self, *, full: bool = False) -> tuple[tuple[int, int], ...]:
         """Three pairs of batch and length that results are compared at; images keep their size."""
@@ -74,7 +77,7 @@ class Architecture:
         return ((1, 128), (2, 47), (1, 9)) if full else ((1, 32), (2, 13), (3, 24))
 
     def feeds(self, batch: int, size: int, *, vocabulary: int, seed: int = 0) -> dict[str, Array]:
-        """Random inputs; of a batch of texts all but the first are padded.
+        """Random inputs; images are blurred noise, of a batch of texts all but the first are padded.
 
         Args:
             batch: samples.
@@ -84,7 +87,7 @@ class Architecture:
         """
         random = np.random.default_rng(seed)
         if self.kind == "image":
-            return {"pixel_values": random.standard_normal((batch, 3, size, size)).astype(np.float32)}
+            return {"pixel_values": _images(random, batch, size)}
         if self.kind == "mel":
             return {"input_features": random.standard_normal((batch, 80, size)).astype(np.float32)}
         if self.kind == "wave":
@@ -153,7 +156,19 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _randomised(module: Any) -> Any:
+def _images(random: np.random.Generator, batch: int, size: int) -> Array:
+    """Smooth random images with some noise, (batch, 3, size, size): white noise pools to nothing."""
+    coarse = random.standard_normal((batch, 3, 8, 8))
+    places = np.linspace(0, 7, size)
+    left = np.minimum(places.astype(np.int64), 6)
+    weights = np.zeros((size, 8))
+    weights[np.arange(size), left] = 1 - (places - left)
+    weights[np.arange(size), left + 1] = places - left
+    smooth = np.einsum("yi,bcij,xj->bcyx", weights, coarse, weights, optimize=True)
+    return (smooth + 0.1 * random.standard_normal(smooth.shape)).astype(np.float32)
+
+
+def _randomise(module: Any) -> None:
     import torch
 
     with torch.no_grad():
@@ -165,9 +180,12 @@ def _randomised(module: Any) -> Any:
                 buffer.copy_(torch.randn_like(buffer) * 0.1)
             elif name.endswith("running_var"):
                 buffer.copy_(torch.rand_like(buffer) + 0.5)
-    return module
+        for block in module.modules():
+            if hasattr(block, "shortcut") and isinstance(getattr(block, "layer", None), torch.nn.Sequential):
+                block.layer[-1].normalization.weight.mul_(_RESIDUAL_SCALE)
 
 
+_RESIDUAL_SCALE = 0.2
 _TEXT: Mapping[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
     "vocab_size": 500,
