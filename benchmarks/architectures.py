@@ -216,7 +216,7 @@ def by_peer(net: Net, row: Row) -> Path | None:
     """onnxruntime's quantizer in the same form; None where it fails."""
     output = net.file.with_name("onnxruntime_int8.onnx")
     try:
-        if row["int8"]["host"].get("quantization") in ("static", "mixed"):
+        if row["int8"]["host"].get("quantization") == "static":
             samples = peers.stacked(net.calibration)
             peers.quantize_static(net.file, output, samples, unsigned_activations=True, per_channel=True)
         else:

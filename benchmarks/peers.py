@@ -74,6 +74,11 @@ def preprocess(model: Path, output: Path) -> Path:
         newer = output.with_suffix(".converted.onnx")
         onnx.save(version_converter.convert_version(onnx.load(model), _CONVERTED_OPSET), newer)
         model = newer
+    elif any(tensor.data_location for tensor in header.graph.initializer):
+        # The step links external data into a folder of its own, where onnx refuses links.
+        inline = output.with_suffix(".inline.onnx")
+        onnx.save(onnx.load(model), inline)
+        model = inline
     with _quietly():
         quant_pre_process(model, output, skip_symbolic_shape=True)
     return output

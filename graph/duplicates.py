@@ -12,6 +12,10 @@ from .model import Model, tensor_digest
 from .passes import Outcome, Pass
 
 _MOST_ELEMENTS = 1024
+# Tables of positions and indices that every layer of an export carries its own copy of. Equal float weights
+# stay apart: what is tied cannot be changed for one reader.
+_MOST_INDICES = 1 << 18
+_INDEX_TYPES = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
 # Two equal nodes of these draw two different numbers; an Identity is only left where it makes an output.
 _NOT_MERGED = frozenset(
     {"RandomUniform", "RandomNormal", "RandomUniformLike", "RandomNormalLike", "Multinomial"}
@@ -62,7 +66,7 @@ def _merge_constants(graph: ir.Graph) -> int:
         tensor = value.const_value
         if tensor is None or not is_constant(value) or value.is_graph_output():
             continue
-        if tensor.size > _MOST_ELEMENTS:
+        if tensor.size > (_MOST_INDICES if tensor.dtype in _INDEX_TYPES else _MOST_ELEMENTS):
             continue
         kept = first.setdefault(tensor_digest(tensor), value)
         if kept is not value:

@@ -359,6 +359,20 @@ def test_equal_nodes_and_constants_merge():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "merged"), [(np.int64, {"equal-constant": 1, "equal-node": 2}), (np.float32, {})]
+)
+def test_tables_of_indices_merge_and_equal_weights_stay_apart(dtype, merged):
+    proto = zoo.parse("g (float[N,2] x, int64[2] i) => (float[P,Q] y) { y = Add(x, x) }")
+    del proto.graph.node[:]
+    for name in ("a", "b"):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(3000, dtype=dtype), name))
+        proto.graph.node.append(helper.make_node("Gather", [name, "i"], [f"{name}.picked"]))
+        proto.graph.node.append(helper.make_node("Cast", [f"{name}.picked"], [f"{name}.float"], to=1))
+    proto.graph.node.append(helper.make_node("Sum", ["x", "a.float", "b.float"], ["y"]))
+    assert zoo.apply(zoo.load(proto), MergeDuplicates()).applied == merged
+
+
+@pytest.mark.parametrize(
     "body",
     [
         "{ a = Bernoulli(x)  b = Bernoulli(x)  y = Add(a, b) }",
