@@ -120,8 +120,8 @@ class Net:
         data = [item.feeds(1, shapes[0][1], vocabulary=ids, seed=100 + index) for index in range(count)]
         self.calibration = _stacked(data[:CALIBRATION_SAMPLES], self.inputs)
         self.evaluation = _stacked(data[CALIBRATION_SAMPLES:], self.inputs)
-        np.savez(folder / "calibration.npz", **self.calibration)
-        np.savez(folder / "evaluation.npz", **self.evaluation)
+        np.savez(folder / "calibration.npz", allow_pickle=False, **self.calibration)
+        np.savez(folder / "evaluation.npz", allow_pickle=False, **self.evaluation)
 
     def error(self, file: Path) -> float:
         """The worst relative error of a file against torch over the three shapes."""

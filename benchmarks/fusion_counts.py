@@ -14,14 +14,12 @@ import msgspec
 import onnx
 from edgepress.benchmarks.zoo import quiet
 
-_KINDS = {
-    "attention": ("Attention", "MultiHeadAttention", "GroupQueryAttention"),
-    "norm": (
-        "LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
-        "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization", "RMSNormalization",
-    ),
-    "gelu": ("Gelu", "FastGelu", "BiasGelu", "QuickGelu"),
-}  # fmt: skip
+_ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
+_NORM = (
+    "LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization", "RMSNormalization",
+)  # fmt: skip
+_GELU = ("Gelu", "FastGelu", "BiasGelu", "QuickGelu")
 _OPTIMIZER_TYPES = {
     "GPT-2": "gpt2", "T5 encoder": "t5", "ViT": "vit", "DeiT": "vit", "BEiT": "vit", "Swin": "swin",
     "CLIP text": "clip", "CLIP vision": "clip", "Whisper encoder": "bart",
@@ -56,8 +54,8 @@ def counts_of(file: Path) -> Counts:
     """Count what a file's graph holds."""
     graph = onnx.load(str(file), load_external_data=False).graph
     ops = collections.Counter(node.op_type for node in _nodes(graph))
-    fused = {kind: sum(ops[op] for op in names) for kind, names in _KINDS.items()}
-    return Counts(nodes=sum(ops.values()), **fused)
+    attention, norm, gelu = (sum(ops[op] for op in names) for names in (_ATTENTION, _NORM, _GELU))
+    return Counts(nodes=sum(ops.values()), attention=attention, norm=norm, gelu=gelu)
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

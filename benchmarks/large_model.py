@@ -181,7 +181,7 @@ def measured_commands(source: Path, folder: Path, report: Report) -> list[tuple[
         "compile", str(source), "--target", "x86-64-avx512-vnni", "--eval", str(data), "-o", bundle,
         "--overwrite", "--max-drift", "l2=1e9", "--skip", "benchmark",
     )  # fmt: skip
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, script, words in (
         ("compile with drift and golden samples", _COMMAND, compiling),
         ("drift, 4 samples of 16 x 2048", _COMMAND, ("drift", str(source), bundle, "--data", str(data))),

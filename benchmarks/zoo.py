@@ -164,8 +164,9 @@ def _images(random: np.random.Generator, batch: int, size: int) -> Array:
     weights = np.zeros((size, 8))
     weights[np.arange(size), left] = 1 - (places - left)
     weights[np.arange(size), left + 1] = places - left
-    smooth = np.einsum("yi,bcij,xj->bcyx", weights, coarse, weights, optimize=True)
-    return (smooth + 0.1 * random.standard_normal(smooth.shape)).astype(np.float32)
+    smooth = weights @ coarse @ weights.T + 0.1 * random.standard_normal((batch, 3, size, size))
+    images: Array = smooth.astype(np.float32)
+    return images
 
 
 def _randomise(module: Any) -> None:
@@ -173,7 +174,8 @@ def _randomise(module: Any) -> None:
 
     with torch.no_grad():
         for parameter in module.parameters():
-            if parameter.ndim == 1:
+            # What starts at zero (tables of relative positions) would hide what is done with it.
+            if parameter.ndim == 1 or not parameter.any():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in module.named_buffers():
             if name.endswith("running_mean"):

@@ -226,7 +226,7 @@ def _notes(unused: Sequence[str], *, rounded: bool) -> tuple[str, ...]:
     if unused:
         notes.append(f"arrays without an input of that name are not used: {quoted(unused)}")
     if rounded:
-        notes.append("float64 values were rounded to the input's type")
+        notes.append("floats were rounded to the input's narrower type")
     return tuple(notes)
 
 

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from ..frontends.imports import is_import_path
 from ..graph.errors import DataError
 from ..graph.model import TensorSpec
-from . import arrays, images, programs, rows, text
+from . import arrays, hub_datasets, images, programs, rows, text
 from .generated import generated_source
 from .schema import Feeds, near_names, quoted
+from .shape_range import ShapeRanges, lengths_of, require_inside
 from .source import Labels, Opened, Pairs, SampleSource
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def open_data(
     samples: int | None = None,
     seed: int = 0,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shape_ranges: ShapeRanges | None = None,
     classes: Sequence[str] = (),
     preprocessor: Path | None = None,
 ) -> CalibrationData:
@@ -155,21 +157,40 @@ def open_data(
 
     Args:
         source: a .npz, .npy, .txt, .jsonl, .csv or .tsv file, a folder of .npy/.npz files or of
-            images (.jpg, .png, .bmp, .webp), or the import path `module:function` of a generator.
+            images (.jpg, .png, .bmp, .webp), a Hugging Face dataset `hf:NAME[:CONFIG][:SPLIT]` (see
+            `hub_datasets.parse_reference`), or the import path `module:function` of a generator.
         inputs: the model's inputs.
         encoder: the model's tokenizer; texts need it.
-        samples: how many to draw, all by default (of similarity pairs: rows).
+        samples: how many to draw, all by default (of similarity pairs: rows; of a Hugging Face
+            dataset 512 by default).
         seed: seed of the shuffle that draws them; never a prefix of the file is taken.
         shapes: deployed input shapes; texts are cut at their sequence length.
+        shape_ranges: the least and the largest shape of inputs; texts are padded to the one and cut
+            at the other, arrays must lie between them (the batch axis apart).
         classes: the model's class names, which give class names in the data their index.
         preprocessor: the model's preprocessor_config.json; images need it.
 
     Raises:
         DataError: if the data is missing, malformed, or does not fit the inputs.
-        RuntimeUnavailable: if images are given and Pillow is missing.
+        NotSupported: if a Hugging Face dataset is made by code of its own.
+        RuntimeUnavailable: if Pillow (for images) or datasets (for `hf:`) is missing, or the hub
+            cannot be reached.
     """
     path = Path(source)
-    if is_import_path(source) and not path.exists():
+    ranges = shape_ranges or {}
+    lengths = lengths_of(shapes or {}, ranges)
+    if hub_datasets.is_hub_dataset(source):
+        opened, name = hub_datasets.open_hub_dataset(
+            source,
+            inputs,
+            samples,
+            seed,
+            encoder=encoder,
+            lengths=lengths,
+            classes=classes,
+            preprocessor=preprocessor,
+        )
+    elif is_import_path(source) and not path.exists():
         opened = programs.open_program(source, inputs, samples, seed)
         name = source
     else:
@@ -179,12 +200,12 @@ def open_data(
             samples,
             seed,
             encoder=encoder,
-            shapes=shapes or {},
+            lengths=lengths,
             classes=classes,
             preprocessor=preprocessor,
         )
         name = path.resolve().name
-    return CalibrationData(
+    data = CalibrationData(
         name=name,
         schema=tuple(inputs),
         origin="real",
@@ -198,6 +219,9 @@ def open_data(
         pairs=opened.pairs,
         notes=opened.notes,
     )
+    if ranges:
+        require_inside(data, ranges)
+    return data
 
 
 def _open_path(
@@ -207,7 +231,7 @@ def _open_path(
     seed: int,
     *,
     encoder: TextEncoder | None,
-    shapes: Mapping[str, tuple[int, ...]],
+    lengths: text.Lengths,
     classes: Sequence[str],
     preprocessor: Path | None,
 ) -> Opened:
@@ -222,9 +246,8 @@ def _open_path(
         if suffix in arrays.SUFFIXES:
             return arrays.open_array_file(path, inputs, samples, seed)
         if suffix in rows.SUFFIXES:
-            limits = {name: shape[1] for name, shape in shapes.items() if len(shape) == 2}
             return text.open_text(
-                path, inputs, samples, seed, encoder=encoder, limits=limits, classes=classes
+                path, inputs, samples, seed, encoder=encoder, lengths=lengths, classes=classes
             )
     except OSError as error:
         raise DataError("data cannot be read", where=path.name, why=error.strerror or str(error)) from error
@@ -232,7 +255,7 @@ def _open_path(
         f"files of type {suffix or 'without suffix'!r} are not read as data",
         where=path.name,
         remedy=f"pass one of {quoted((*arrays.SUFFIXES, *rows.SUFFIXES))}, a folder of arrays, "
-        "or module:function",
+        "hf:NAME or module:function",
     )
 
 

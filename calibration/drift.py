@@ -165,13 +165,12 @@ def _compare(
         done += count
         if progress is not None:
             progress(done, len(data))
+    padded = "static" in data.padding or "at least" in data.padding
     facts = DriftReport(
         samples=len(data),
         pairs=None if data.pairs is None else len(data.pairs),
         batch_size=known.batch_size,
-        padding="none (one sample at a time)"
-        if known.batch_size == 1 and "static" not in data.padding
-        else data.padding,
+        padding="none (one sample at a time)" if known.batch_size == 1 and not padded else data.padding,
         data_name=data.name,
         data_digest=data.digest,
         data_origin=data.origin,
@@ -216,6 +215,8 @@ class _Sums:
             self._keep(left, right)
             return
         self._width = left.shape[-1]
+        if self._width == 1:  # one value: no class, and a distribution of one outcome
+            return
         self._kl.add(metrics.kl_divergences(left, right))
         for classes, rows in zip(self._classes, (left, right), strict=True):
             classes.append(rows.argmax(axis=-1))
@@ -255,7 +256,8 @@ class _Sums:
         return fields | self._class_fields(data)
 
     def _embedding_fields(self, data: CalibrationData) -> dict[str, Any]:
-        if len({rows.shape for rows in self._embeddings[0]}) != 1:
+        shapes = {rows.shape for rows in self._embeddings[0]}
+        if len(shapes) != 1 or math.prod(next(iter(shapes))) == 1:  # single values have no neighbours
             return {}
         left, right = (np.concatenate(rows) for rows in self._embeddings)
         kept, total = metrics.neighbour_agreement(left, right)
@@ -272,6 +274,8 @@ class _Sums:
         return fields
 
     def _class_fields(self, data: CalibrationData) -> dict[str, Any]:
+        if self._width == 1:
+            return {}
         left, right = (np.concatenate(classes) for classes in self._classes)
         flipped, total = int((left != right).sum()), len(left)
         fields: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,15 +165,25 @@ def _unusable(why: str) -> DataError:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """One image as the bytes of its file, and what messages call it."""
+
+    name: str
+    content: bytes
+
+
 class ImageSource:
     """Images read and prepared one batch at a time."""
 
     sequential = False
     padding = "none (every image has the model's size)"
 
-    def __init__(self, paths: Sequence[Path], spec: TensorSpec, preparation: Preparation) -> None:
+    def __init__(
+        self, images: Sequence[Path | EncodedImage], spec: TensorSpec, preparation: Preparation
+    ) -> None:
         self.uniform = True
-        self._paths = paths
+        self._images = images
         self._spec = spec
         self._preparation = preparation
 
@@ -180,13 +191,14 @@ class ImageSource:
         """Feeds of `batch_size` images at a time, each float32 of shape (batch, 3, height, width)."""
         for start in range(0, len(positions), batch_size):
             chunk = positions[start : start + batch_size]
-            yield stack([self._sample(self._paths[int(position)]) for position in chunk], self._spec.name)
+            yield stack([self._sample(self._images[int(position)]) for position in chunk], self._spec.name)
 
-    def _sample(self, path: Path) -> Feeds:
+    def _sample(self, found: Path | EncodedImage) -> Feeds:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            with Image.open(path, formats=_FORMATS) as image:
+            file = found if isinstance(found, Path) else io.BytesIO(found.content)
+            with Image.open(file, formats=_FORMATS) as image:
                 values = self._preparation.apply(image)[None]
         except (
             UnidentifiedImageError,
@@ -197,14 +209,14 @@ class ImageSource:
         ) as error:
             raise DataError(
                 "the image cannot be read",
-                where=path.name,
+                where=found.name,
                 why=str(error),
                 remedy="repair or remove the file",
             ) from error
         shape = self._spec.shape or ()
         if len(shape) == 4 and shape[3] == 3 and shape[1] != 3:
             values = np.ascontiguousarray(values.transpose(0, 2, 3, 1))
-        check_layout(values.shape, values.dtype, self._spec, path.name)
+        check_layout(values.shape, values.dtype, self._spec, found.name)
         return {self._spec.name: values}
 
 
@@ -237,28 +249,8 @@ def open_images(
         DataError: if the model takes no images, there is no preprocessor, or an image cannot be read.
         RuntimeUnavailable: if Pillow is missing.
     """
-    _require_pillow()
-    spec = inputs[0]
-    if len(inputs) != 1 or spec.dtype != "float32" or spec.shape is None or len(spec.shape) != 4:
-        raise DataError(
-            "the model does not take images",
-            where=path.name,
-            why="images go to one float32 input of shape (batch, 3, height, width)",
-            remedy="pass the inputs as .npz files or module:function",
-        )
-    if preprocessor is None:
-        raise DataError(
-            "it is not known how images are prepared for the model",
-            where=path.name,
-            why="there is no preprocessor_config.json beside the model",
-            remedy="pass --preprocessor FILE, or the prepared images as .npz",
-        )
-    try:
-        config: dict[str, Any] = read_config(preprocessor)
-    except ModelError as error:
-        raise _unusable(str(error)) from error
     paths, folders = _list_images(path)
-    source = ImageSource(paths, spec, preparation_of(config))
+    source = image_source(paths, inputs, preprocessor, path.name)
     positions = draw(len(paths), samples, seed)
     contents = tuple(content_key(feeds) for feeds in source.read(positions.tolist(), 1))
     labels = None
@@ -276,6 +268,38 @@ def open_images(
         class_names=names,
         notes=notes,
     )
+
+
+def image_source(
+    images: Sequence[Path | EncodedImage], inputs: Sequence[TensorSpec], preprocessor: Path | None, where: str
+) -> ImageSource:
+    """Images as they are prepared for a model; `where` names the data in messages.
+
+    Raises:
+        DataError: if the model takes no images, or there is no preprocessor that can be followed.
+        RuntimeUnavailable: if Pillow is missing.
+    """
+    _require_pillow()
+    spec = inputs[0]
+    if len(inputs) != 1 or spec.dtype != "float32" or spec.shape is None or len(spec.shape) != 4:
+        raise DataError(
+            "the model does not take images",
+            where=where,
+            why="images go to one float32 input of shape (batch, 3, height, width)",
+            remedy="pass the inputs as .npz files or module:function",
+        )
+    if preprocessor is None:
+        raise DataError(
+            "it is not known how images are prepared for the model",
+            where=where,
+            why="there is no preprocessor_config.json beside the model",
+            remedy="pass --preprocessor FILE, or the prepared images as .npz",
+        )
+    try:
+        config: dict[str, Any] = read_config(preprocessor)
+    except ModelError as error:
+        raise _unusable(str(error)) from error
+    return ImageSource(images, spec, preparation_of(config))
 
 
 def _require_pillow() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from ..graph.errors import RecipeError
-from ..graph.model import Task
+from ..graph.model import Task, TensorSpec
 from .drift import DriftReport
 
 
@@ -47,6 +47,11 @@ LIMIT_METRICS: Mapping[str, Callable[[DriftReport], float | None]] = {
     "f1": _drop("f1"),
     "spearman": _drop("spearman"),
 }
+
+
+def is_one_value(shape: Sequence[int | str | None]) -> bool:
+    """Whether an output of this shape, batch axis first, holds one value for each sample."""
+    return len(shape) >= 1 and all(size == 1 for size in shape[1:])
 
 
 def check_limits(report: DriftReport, limits: Mapping[str, float]) -> list[LimitResult]:
@@ -90,11 +95,19 @@ def _check(report: DriftReport, metric: str, limit: float) -> LimitResult:
     return LimitResult(metric=metric, limit=limit, value=value, met=met, reason=reason)
 
 
-def default_metric(task: Task, has_labels: bool) -> str:
+def default_metric(task: Task, has_labels: bool, outputs: Sequence[TensorSpec] = ()) -> str:
     """The metric of a limit that names none: the task's with labels, else cosine or flips.
 
-    For embeddings `has_labels` means scored pairs.
+    Where every sample's answer is one value (regression, reranking) it is `l2`: one value has no
+    direction, and no class.
+
+    Args:
+        task: what the outputs mean.
+        has_labels: whether the data has labels; for embeddings, scored pairs.
+        outputs: the model's outputs, batch axis first.
     """
+    if outputs and all(spec.shape is not None and is_one_value(spec.shape) for spec in outputs):
+        return "l2"
     if task.kind == "embedding":
         return "spearman" if has_labels else "cosine"
     return "accuracy" if has_labels and task.kind == "classification" else "flips"

@@ -152,7 +152,7 @@ def open_program(source: str, inputs: Sequence[TensorSpec], samples: int | None,
         contents=contents,
         identities=contents,
         labels=None if known is None else known[positions],
-        notes=("float64 values were rounded to the input's type",) if program.rounded else (),
+        notes=("floats were rounded to the input's narrower type",) if program.rounded else (),
     )
 
 

@@ -14,6 +14,9 @@ from .schema import quoted
 
 Array = npt.NDArray[Any]
 _MASK = "attention_mask"
+# One score for each token, of shape (batch, tokens): a span's start and end. That the second axis is the
+# tokens' cannot be told from a shape, an embedding may be as wide.
+_TOKEN_SCORES = frozenset({"start_logits", "end_logits"})
 
 
 class Representation:
@@ -23,7 +26,7 @@ class Representation:
       becomes one row per sample, shape (1, hidden); "mean" is over attended tokens (Reimers and
       Gurevych 2019, arXiv:1908.10084, section 3).
     - embedding with pooling "none": every numeric output, one flat row per sample, shape
-      (1, values); padded tokens are left out.
+      (1, values); padded tokens are left out, of a span's start and end scores, too.
     - classification: the first float output of shape (batch, classes), shape (1, classes).
     - token-classification: the first float output of shape (batch, tokens, classes), one row per
       attended token, shape (tokens, classes).
@@ -66,10 +69,10 @@ class Representation:
                 )
             for index in range(count):
                 own = values[index] if size > 1 or _has_batch_axis(values) else values
-                samples[index][name] = self._one(own, None if mask is None else mask[index])
+                samples[index][name] = self._one(name, own, None if mask is None else mask[index])
         return samples
 
-    def _one(self, values: Array, mask: Array | None) -> Array:
+    def _one(self, name: str, values: Array, mask: Array | None) -> Array:
         """Rows of one sample from its own output (batch axis taken off)."""
         attended = None if mask is None else mask.astype(bool)
         if self.task.kind == "classification":
@@ -82,7 +85,8 @@ class Representation:
             kept = values if attended is None else values[attended]
             mean: Array = kept.sum(axis=0, dtype=np.float64, keepdims=True) / max(len(kept), 1)
             return mean.astype(values.dtype)
-        if attended is not None and values.ndim >= 2 and len(values) == len(attended):
+        per_token = values.ndim >= 2 or (values.ndim == 1 and name in _TOKEN_SCORES)
+        if attended is not None and per_token and len(values) == len(attended):
             values = values[attended]
         return values.reshape(1, -1)
 

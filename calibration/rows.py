@@ -142,7 +142,7 @@ def _is_header(cells: Sequence[str]) -> bool:
 
 def _sts_header(cells: Sequence[str], path: Path) -> list[str]:
     """The columns of a file without header: only the STS Benchmark layout is known."""
-    if len(cells) >= 7 and _score(cells[4]) is not None:
+    if len(cells) >= 7 and score_of(cells[4]) is not None:
         return ["", "", "", "", *_STS_COLUMNS]
     raise DataError(
         "the table has no known columns",
@@ -152,7 +152,8 @@ def _sts_header(cells: Sequence[str], path: Path) -> list[str]:
     )
 
 
-def _score(value: object) -> float | None:
+def score_of(value: object) -> float | None:
+    """A finite number, also one written as text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return None
     try:
@@ -173,7 +174,7 @@ def _row(cells: dict[str, object], path: Path, number: int) -> Row:
         raise _bad_row(path, number, "sentence1 without sentence2")
     score = None
     if "score" in cells and second is not None:
-        score = _score(cells["score"])
+        score = score_of(cells["score"])
         if score is None:
             raise _bad_row(path, number, f"score {cells['score']!r} is not a number")
     return Row(text=first, second=second, score=score, label=_label(cells.get("label"), path, number))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 _MADE_BY_TOKENIZERS = ("input_ids", "attention_mask", "token_type_ids")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """The tokens that a sequence is padded to at least, and cut at (None: the tokenizer's own limit)."""
+
+    least: int = 1
+    most: int | None = None
+
+
 class TextSource:
     """Texts (with second texts, for cross-encoders) that are tokenized whenever they are read.
 
@@ -30,7 +39,7 @@ class TextSource:
         seconds: the second text of each, or None.
         encoder: the model's tokenizer.
         inputs: the model's inputs; a static length is padded to and cut at.
-        limits: the longest sequence per input beyond which texts are cut.
+        lengths: the least length that texts are padded to, and the one at which they are cut.
     """
 
     sequential = False
@@ -42,7 +51,7 @@ class TextSource:
         seconds: Sequence[str] | None,
         encoder: TextEncoder,
         inputs: Sequence[TensorSpec],
-        limits: Mapping[str, int],
+        lengths: Lengths,
     ) -> None:
         self._texts = texts
         self._seconds = seconds
@@ -51,13 +60,17 @@ class TextSource:
         static = {spec.shape[1] for spec in inputs if spec.shape is not None and len(spec.shape) == 2}
         fixed = [length for length in static if isinstance(length, int)]
         self._length = fixed[0] if fixed else None
-        self._limit = min([*fixed, *limits.values()], default=encoder.max_length)
+        most = [] if lengths.most is None else [lengths.most]
+        self._limit = min([*fixed, *most], default=encoder.max_length)
+        self._least = lengths.least
 
     @property
     def padding(self) -> str:
         """How texts of unequal length become one batch."""
         if self._length is not None:
             return f"to {self._length} tokens (static)"
+        if self._least > 1:
+            return f"to the longest of the batch, at least {self._least} tokens"
         return "to the longest of the batch"
 
     def read(self, positions: Sequence[int], batch_size: int) -> Iterator[Feeds]:
@@ -72,8 +85,7 @@ class TextSource:
         arrays: dict[str, Array] = dict(encoded)
         if next(iter(arrays.values())).shape[1] > self._limit:
             arrays = _cut(arrays, self._limit)
-        if self._length is not None:
-            arrays = self._pad(arrays, self._length)
+        arrays = self._pad(arrays, self._length or self._least)
         return {spec.name: fit_array(arrays[spec.name], spec, "text")[0] for spec in self._inputs}
 
     def _pad(self, arrays: dict[str, Array], length: int) -> dict[str, Array]:
@@ -110,7 +122,7 @@ def open_text(
     seed: int,
     *,
     encoder: TextEncoder | None,
-    limits: Mapping[str, int],
+    lengths: Lengths,
     classes: Sequence[str],
 ) -> Opened:
     """Open a .txt, .jsonl, .csv or .tsv file; only the rows that are drawn stay in memory.
@@ -122,10 +134,24 @@ def open_text(
         DataError: if no tokenizer is there, an input is none that a tokenizer makes, or the file
             is malformed.
     """
+    require_texts_fit(encoder, inputs, path.name)
+    total, names = _survey(path)
+    rows = _take(path, draw(total, samples, seed).tolist())
+    return samples_of_rows(
+        rows, names, inputs, encoder=encoder, lengths=lengths, classes=classes, where=path.name
+    )
+
+
+def require_texts_fit(encoder: TextEncoder | None, inputs: Sequence[TensorSpec], where: str) -> None:
+    """Raise unless a tokenizer is there and makes every input; `where` names the data.
+
+    Raises:
+        DataError: saying what is missing.
+    """
     if encoder is None:
         raise DataError(
             "texts need a tokenizer",
-            where=path.name,
+            where=where,
             why="the model came without one",
             remedy="pass --tokenizer PATH (a tokenizer.json or its folder)",
         )
@@ -133,18 +159,44 @@ def open_text(
     if foreign:
         raise DataError(
             f"a tokenizer does not make the input {foreign[0]!r}",
-            where=path.name,
+            where=where,
             why=f"it makes {quoted(_MADE_BY_TOKENIZERS)}",
             remedy="pass the data as .npz with one array per model input",
         )
-    total, names = _survey(path)
-    rows = _take(path, draw(total, samples, seed).tolist())
-    labels, class_names, notes = _labels(rows, classes, names, path)
+
+
+def samples_of_rows(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    inputs: Sequence[TensorSpec],
+    *,
+    encoder: TextEncoder | None,
+    lengths: Lengths,
+    classes: Sequence[str],
+    where: str,
+) -> Opened:
+    """The samples that rows of texts stand for; all rows have the same columns.
+
+    Args:
+        rows: at least one; all are drawn already.
+        names: all class names of the data, where its labels are names.
+        inputs: the model's inputs.
+        encoder: the model's tokenizer.
+        lengths: limits on the sequence length.
+        classes: the model's class names.
+        where: names the data in messages.
+
+    Raises:
+        DataError: if no tokenizer is there, or an input is none that a tokenizer makes.
+    """
+    require_texts_fit(encoder, inputs, where)
+    assert encoder is not None
+    labels, class_names, notes = _labels(rows, classes, names, where)
     if rows[0].kind == "similarity":
-        return _open_pairs(rows, encoder, inputs, limits)
+        return _open_pairs(rows, encoder, inputs, lengths)
     seconds = None if rows[0].second is None else [row.second or "" for row in rows]
     return Opened(
-        source=TextSource([row.text for row in rows], seconds, encoder, inputs, limits),
+        source=TextSource([row.text for row in rows], seconds, encoder, inputs, lengths),
         positions=np.arange(len(rows)),
         contents=tuple(_exact(row.text, row.second) for row in rows),
         identities=tuple(_identity(row.text, row.second) for row in rows),
@@ -174,7 +226,7 @@ def _take(path: Path, chosen: Sequence[int]) -> list[Row]:
 
 
 def _open_pairs(
-    rows: Sequence[Row], encoder: TextEncoder, inputs: Sequence[TensorSpec], limits: Mapping[str, int]
+    rows: Sequence[Row], encoder: TextEncoder, inputs: Sequence[TensorSpec], lengths: Lengths
 ) -> Opened:
     positions: dict[str, int] = {}
     first, second, scores = [], [], []
@@ -184,7 +236,7 @@ def _open_pairs(
         scores.append(row.score)
     texts = list(positions)
     return Opened(
-        source=TextSource(texts, None, encoder, inputs, limits),
+        source=TextSource(texts, None, encoder, inputs, lengths),
         positions=np.arange(len(texts)),
         contents=tuple(_exact(text, None) for text in texts),
         identities=tuple(_identity(text, None) for text in texts),
@@ -210,7 +262,7 @@ def _plain(text: str) -> str:
 
 
 def _labels(
-    rows: Sequence[Row], classes: Sequence[str], names: Sequence[str], path: Path
+    rows: Sequence[Row], classes: Sequence[str], names: Sequence[str], where: str
 ) -> tuple[Labels | None, tuple[str, ...], tuple[str, ...]]:
     """Labels as indices, the class names by index, and notes."""
     if rows[0].label is None:
@@ -218,7 +270,7 @@ def _labels(
     if not names:
         values = np.array([row.label for row in rows], np.int64)
         if values.min() < 0:
-            raise DataError("a label is negative", where=path.name, remedy="class indices start at 0")
+            raise DataError("a label is negative", where=where, remedy="class indices start at 0")
         return values, (), ()
     index, class_names, notes = class_indices(names, classes)
     return np.array([index[str(row.label)] for row in rows], np.int64), class_names, notes

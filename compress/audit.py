@@ -18,10 +18,10 @@ from .plan import Decision, Plan
 
 INTEGER_OPS = frozenset(
     {
-        "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits",
-        "QAttention", "QGemm", "QLinearAdd", "QLinearAveragePool", "QLinearConcat", "QLinearConv",
-        "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMatMul", "QLinearMul", "QLinearSigmoid",
-        "QLinearSoftmax",
+        "ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger",
+        "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm", "QLinearAdd", "QLinearAveragePool",
+        "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMatMul",
+        "QLinearMul", "QLinearSigmoid", "QLinearSoftmax", "QLinearWhere",
     }
 )  # fmt: skip
 """What counts where a profile names no `runtime_ops` for a kernel."""
@@ -78,6 +78,7 @@ def audit(model_file: Path, plan: Plan, profile: TargetProfile) -> Audit:
         if (
             item.form == "float"
             and found is not None
+            and found.op_type != item.op  # an operator of the same name may well compute in float
             and found.op_type in _expected(profile, item.op, "static")
         ):
             unplanned.append(Finding(node=item.node, runtime_op=found.op_type, integer=True))

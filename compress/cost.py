@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from ..graph.edit import int_attribute
 from ..graph.model import Model
-from .operands import COMPUTE_OPS, CONVOLUTIONS
+from .operands import COMPUTE_OPS, CONVOLUTIONS, RECURRENT_OPS
 
 DEFAULT_BATCH = 1
 DEFAULT_LENGTH = 128
@@ -57,7 +57,13 @@ def concrete_shape(value: ir.Value | None, sizes: Mapping[str, int]) -> tuple[in
 
 
 def node_macs(node: ir.Node, sizes: Mapping[str, int]) -> int | None:
-    """Multiply-accumulates of a MatMul, Gemm, Conv or ConvTranspose; None if a shape is not known."""
+    """Multiply-accumulates of a product, convolution or recurrent layer; None if a shape is not known."""
+    if node.op_type in RECURRENT_OPS:
+        steps, weights = concrete_shape(node.inputs[0], sizes), node.inputs[1:3]
+        shapes = [concrete_shape(value, sizes) for value in weights]
+        if steps is None or any(shape is None for shape in shapes):
+            return None
+        return steps[0] * steps[1] * sum(_product(shape) for shape in shapes if shape is not None)
     output = concrete_shape(node.outputs[0], sizes)
     weight = concrete_shape(node.inputs[1], sizes) if len(node.inputs) > 1 else None
     if node.op_type == "ConvTranspose":
@@ -82,7 +88,7 @@ def led_by_convolutions(model: Model, sizes: Mapping[str, int]) -> bool:
     """
     convolutions = total = 0
     for node in model.graph.all_nodes():
-        if node.op_type not in COMPUTE_OPS or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in COMPUTE_OPS | RECURRENT_OPS or node.domain not in ("", "ai.onnx"):
             continue
         macs = node_macs(node, sizes)
         if node.op_type in CONVOLUTIONS:

@@ -14,15 +14,20 @@ from .cost import bind_axes, led_by_convolutions
 from .fuse.activation import GeluFromParts
 from .fuse.attention import DropNanGuard, PackSharedInput
 from .fuse.convolution import FoldBatchNorm, FoldBias
+from .fuse.hard import HardActivation
 from .fuse.linear import FlatLinear, GemmToMatMul
-from .fuse.normalization import LayerNormFromParts, RmsNormAsQuotient
+from .fuse.multihead import FuseAttention
+from .fuse.normalization import FoldWeightNorm, InstanceNormAffine, LayerNormFromParts, RmsNormAsQuotient
 from .fuse.padding import EmptyPad
 from .fuse.pooling import GlobalPool
-from .fuse.scaling import FoldScale
-from .operands import FORM_OPSETS, is_liftable
+from .fuse.rotary import FuseRotary
+from .fuse.scaling import FoldScale, FoldShift
+from .fuse.scores import ScoreScale, SharedBias, ZeroMask
+from .operands import FORM_OPSETS, RECURRENT_OPS, is_liftable
 from .plan import Plan
 from .quantize.blocks import QuantizeBlocks
 from .quantize.dynamic import QuantizeDynamic, QuantizeTables
+from .quantize.recurrent import QuantizeRecurrent
 from .quantize.static import QuantizeStatic, Ranges, static_layout
 
 _FUSION_OPSET = 20
@@ -39,6 +44,13 @@ STANDARD_RULES: tuple[Rule, ...] = (
     GlobalPool(),
     EmptyPad(),
     FoldScale(),
+    FoldShift(),
+    InstanceNormAffine(),
+    FoldWeightNorm(),
+    HardActivation(),
+    ZeroMask(),
+    ScoreScale(),
+    SharedBias(),
 )
 
 
@@ -55,6 +67,10 @@ def fusion_passes(model: Model, profile: TargetProfile, switches: Mapping[str, b
         rules.append(GemmToMatMul())
     if switches.get("packed-qkv", profile.is_faster("PackedQKV", "edgepress")):
         rules.append(PackSharedInput())
+    if switches.get("rotary", profile.is_faster("RotaryEmbedding")):
+        rules.append(FuseRotary())
+    if switches.get("attention", profile.is_faster("MultiHeadAttention")):
+        rules.append(FuseAttention())
     passes: list[Pass] = []
     if model.opset < _FUSION_OPSET <= profile.runtime.max_opset and _gains_by_lifting(model, rules):
         passes.append(LiftOpset(minimum=_FUSION_OPSET))
@@ -98,7 +114,9 @@ def apply_plan(model: Model, plan: Plan, ranges: Ranges | None = None) -> tuple[
         layout = static_layout(model, plan.decisions)
         passes.append(QuantizeStatic(decisions=plan.decisions, layout=layout, ranges=ranges or {}))
     if "dynamic" in forms:
-        passes.append(QuantizeDynamic(decisions=plan.decisions))
+        recurrent = {item.op in RECURRENT_OPS for item in plan.decisions if item.form == "dynamic"}
+        passes += [QuantizeRecurrent(decisions=plan.decisions)] if True in recurrent else []
+        passes += [QuantizeDynamic(decisions=plan.decisions)] if False in recurrent else []
     if "weight-only" in forms:
         passes += [QuantizeTables(decisions=plan.decisions), QuantizeBlocks(decisions=plan.decisions)]
     lowered = model.fork()

@@ -9,44 +9,46 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from ..graph.edit import is_constant, rank
+from ..graph.edit import is_constant, only_use, rank
 from ..graph.model import Model
 from ..graph.scheme import Scheme
 from ..targets.profile import Form, Kernel, TargetProfile
 from .cost import bind_axes, led_by_convolutions, node_macs
 from .operands import (
+    ABSORBED_OPS,
     CARRIED_OPS,
     COMPUTE_OPS,
     CONVOLUTIONS,
     FLOAT_OUTPUT_OPS,
     FORM_OPSETS,
-    MOVING_OPS,
+    ISLAND_OPS,
+    RECURRENT_OPS,
     TABLE_OPS,
     channel_axis,
     computed_once,
+    data_operands,
     is_liftable,
+    is_quantized,
+    moves_data,
     only_leaves_graph,
     output_tail,
     reads_rows,
+    resize_mode,
     unfit,
     unfit_carried,
+    unfit_recurrent,
     unfit_weight,
     weight_name,
 )
 from .plan import Decision, Plan
 
+__all__ = ["Request", "is_quantized", "propose"]
+
 _SMALL_TABLE_BYTES = 1 << 14
 _HEAD_SHARE = 0.01
-_QUANTIZED_OPS = frozenset(
-    {
-        "ConvInteger", "DequantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeLinear",
-        "DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4", "MatMulInteger",
-        "MatMulInteger16", "MatMulIntegerToFloat", "MatMulNBits", "QAttention",
-        "QEmbedLayerNormalization", "QGemm", "QMoE", "QuantizeLinear",
-    }
-)  # fmt: skip
-_QUANTIZED_PREFIXES = ("QLinear", "QOrdered")
 _STATIC_REMEDY = "pass --quantization static with --calib DATA"
+_DYNAMIC_REMEDY = "pass --quantization auto or dynamic"
+_WORKING_OPS = COMPUTE_OPS | RECURRENT_OPS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,15 +85,6 @@ def propose(model: Model, profile: TargetProfile, request: Request) -> Plan:
     return plan.with_decisions(decisions)
 
 
-def is_quantized(model: Model) -> bool:
-    """Whether the graph already holds quantized operators, standard ones or onnxruntime's."""
-    return any(
-        node.domain in ("", "ai.onnx", "com.microsoft")
-        and (node.op_type in _QUANTIZED_OPS or node.op_type.startswith(_QUANTIZED_PREFIXES))
-        for node in model.graph.all_nodes()
-    )
-
-
 class _Proposer:
     def __init__(self, model: Model, profile: TargetProfile, request: Request) -> None:
         self.model = model
@@ -104,7 +97,7 @@ class _Proposer:
         self.made_in_integers: set[str] = set()
         self.liftable: dict[int, bool] = {}
         self.computed_once = computed_once(model)
-        compute = [node for node in model.graph.all_nodes() if node.op_type in COMPUTE_OPS]
+        compute = [node for node in model.graph.all_nodes() if node.op_type in _WORKING_OPS]
         self.led_by_convolutions = led_by_convolutions(model, self.sizes)
         self.total_macs = sum(self.macs(node) or 0 for node in compute)
 
@@ -116,10 +109,14 @@ class _Proposer:
                 continue
             if node.op_type in COMPUTE_OPS:
                 decision = self.compute(node)
+            elif node.op_type in RECURRENT_OPS:
+                decision = self.recurrent(node)
             elif node.op_type in TABLE_OPS:
                 decision = self.table(node)
             elif node.op_type in CARRIED_OPS:
                 decision = self.carried(node)
+            elif node.op_type in ISLAND_OPS:
+                decision = self.island(node)
             else:
                 continue
             if decision is None:
@@ -142,7 +139,7 @@ class _Proposer:
         )
 
     def macs(self, node: ir.Node) -> int | None:
-        return node_macs(node, self.sizes) if node.op_type in COMPUTE_OPS else None
+        return node_macs(node, self.sizes) if node.op_type in _WORKING_OPS else None
 
     def kept_by_user(self, node: ir.Node) -> Decision | None:
         names = [name for name in (node.name, weight_name(node)) if name]
@@ -158,7 +155,8 @@ class _Proposer:
             return kept
         problem = unfit_weight(node)
         if problem is not None:
-            return self.stays(node, *problem)
+            reason, remedy = problem
+            return self.stays(node, self.computed_product(node) or reason, remedy)
         if node.inputs[0] in self.computed_once:
             return self.stays(node, "its input is constant: the runtime computes it once, when it loads")
         form, reason, remedy = self.wanted_form(node)
@@ -169,6 +167,26 @@ class _Proposer:
         if form == "static" and self.is_head(node):
             return self.stays(node, "the last layer: under 1 % of the work, and 8-bit scores flip classes")
         return self.in_form(node, form)
+
+    def computed_product(self, node: ir.Node) -> str | None:
+        """Why the target multiplies two computed tensors (attention) in float, or None if that is not it."""
+        if node.op_type != "MatMul" or any(is_constant(value) for value in node.inputs):
+            return None
+        form: Form = "static" if self.request.quantization == "static" else "dynamic"
+        return self.kernel_or_refusal("MatMul:computed", form)[1] or None
+
+    def recurrent(self, node: ir.Node) -> Decision:
+        """LSTM, GRU and RNN: dynamic, for their state has no calibrated range."""
+        kept = self.kept_by_user(node)
+        if kept is not None:
+            return kept
+        problem = unfit_recurrent(node)
+        if problem is not None:
+            return self.stays(node, *problem)
+        if self.request.quantization in ("static", "weight-only"):
+            reason = f"{self.profile.name} has no {self.request.quantization} kernel for {node.op_type}"
+            return self.stays(node, reason, _DYNAMIC_REMEDY)
+        return self.in_form(node, "dynamic")
 
     def is_head(self, node: ir.Node) -> bool:
         """Whether a node is the small classifier at the very end."""
@@ -195,7 +213,7 @@ class _Proposer:
 
     def in_form(self, node: ir.Node, form: Form) -> Decision:
         """A decision for `form`, or float with the reason why the target or the node refuses it."""
-        problem = unfit(node, form)
+        problem = unfit(node, form) if node.op_type in COMPUTE_OPS else None
         if problem is not None:
             return self.stays(node, problem)
         if not self.is_liftable(FORM_OPSETS[form]):
@@ -246,7 +264,7 @@ class _Proposer:
             # DynamicQuantizeLinear knows no other: signed or symmetric activations would cost MiniLM
             # 0.18 relative L2 instead of 0.11 as well.
             activation = Scheme(dtype="uint8", symmetric=False)
-        if form != "weight-only" and node.op_type in COMPUTE_OPS:
+        if form != "weight-only" and node.op_type in _WORKING_OPS:
             weight_scheme = Scheme(
                 dtype="int8",
                 symmetric=True,
@@ -320,8 +338,7 @@ class _Proposer:
 
     def carried(self, node: ir.Node) -> Decision | None:
         """Add, pooling… between integer operators: in integers as well, to save the way through float."""
-        operands = [value for value in node.inputs if value is not None and not is_constant(value)]
-        if not operands or not all(self.comes_from_integers(value) for value in operands):
+        if not self.stands_between_integers(node) or self.is_absorbed(node):
             return None
         kept = self.kept_by_user(node)
         if kept is not None:
@@ -330,19 +347,45 @@ class _Proposer:
             return self.stays(node, "it stands in the body of a control-flow operator")
         if output_tail(node).is_graph_output():
             return self.stays(node, "its result leaves the graph: 8 bits would only cost precision")
-        problem = unfit_carried(node)
+        if self.static_activation is None:
+            return self.stays(node, f"{self.profile.name} has no static kernels")
+        problem = unfit_carried(node, self.static_activation)
         if problem is not None:
             return self.stays(node, problem)
         kernel, refusal = self.kernel_or_refusal(node.op_type, "static")
         return self.stays(node, refusal) if kernel is None else self.decision(node, "static", kernel)
 
+    def island(self, node: ir.Node) -> Decision | None:
+        """An operator that computes in float between integer ones: the decision only says why."""
+        if moves_data(node) or node.outputs[0].is_graph_output() or not self.stands_between_integers(node):
+            return None
+        if node.op_type == "Pad":
+            return self.stays(node, "its border is neither zero nor taken from the image")
+        op = f"Resize:{resize_mode(node)}" if node.op_type == "Resize" else node.op_type
+        return self.stays(node, self.kernel_or_refusal(op, "static")[1] or f"no lowering of {op} is known")
+
+    def stands_between_integers(self, node: ir.Node) -> bool:
+        """Whether all that a node computes with comes out of integer kernels."""
+        operands = data_operands(node)
+        return bool(operands) and all(self.comes_from_integers(value) for value in operands)
+
+    def is_absorbed(self, node: ir.Node) -> bool:
+        """Whether a Relu disappears in the quantization of the integer kernel's result in front of it."""
+        value = node.inputs[0]
+        if node.op_type not in ABSORBED_OPS or value is None or only_use(value) is not node:
+            return False
+        maker = value.producer()
+        return maker is not None and (maker.name or "") in self.made_in_integers
+
     def comes_from_integers(self, value: ir.Value) -> bool:
         """Whether a kernel with quantized output makes the value, looking through moving operators."""
         node = value.producer()
-        while node is not None and node.op_type in MOVING_OPS and not node.domain:
+        while node is not None and (node.name or "") not in self.made_in_integers:
+            if not moves_data(node) and (node.op_type not in ABSORBED_OPS or node.domain):
+                return False
             source = node.inputs[0]
             node = None if source is None else source.producer()
-        return node is not None and (node.name or "") in self.made_in_integers
+        return node is not None
 
 
 def _static_activation(profile: TargetProfile) -> Scheme | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ import msgspec
 import tomli_w
 
 from ..graph.errors import OutputError, RecipeError
+from .drift_limit import DriftLimit as DriftLimit  # noqa: PLC0414 - a part of the recipe's own form
+from .drift_limit import check_metrics_once
 
 SCHEMA_VERSION = 1
 
@@ -23,41 +24,18 @@ CalibMethod = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 SkippableStage = Literal["drift", "benchmark", "golden"]
 GoldenSource = Literal["generated", "data"]
 
-# The names of calibration.limits.LIMIT_METRICS, which importing would make --help slow (a test compares).
-METRICS = ("cosine", "l2", "sqnr", "kl", "top1", "flips", "accuracy", "f1", "spearman")
-
 # A change to any other field makes the pinned choices answers to another question.
-_FIELDS_PINS_SURVIVE = frozenset({"schema_version", "skip", "golden", "trust_code", "pins"})
+_FIELDS_PINS_SURVIVE = frozenset(
+    {"schema_version", "skip", "golden", "trust_code", "benchmark_rounds", "pins"}
+)
+Shape = tuple[int, ...]
 
-_METRIC_NAME = re.compile(r"[a-z][a-z0-9_-]*", re.IGNORECASE)
-_NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|\.[0-9]+(?:e[+-]?[0-9]+)?"
-_LIMIT = re.compile(rf"(?P<number>{_NUMBER})\s*(?P<unit>%|db)?", re.IGNORECASE)
 
+class ShapeRange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The least and the largest shape that an input takes; both with a size for every axis."""
 
-class DriftLimit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One bound on the change against the reference model.
-
-    `metric` is None for the model's default metric. `limit` is a fraction (0.01 for 1 %) or, for
-    `sqnr`, decibels; whether it bounds from above or below is the metric's own business.
-    """
-
-    metric: str | None = None
-    limit: float
-
-    def __post_init__(self) -> None:
-        if self.metric is not None and self.metric not in METRICS:
-            near = difflib.get_close_matches(self.metric, METRICS, n=2, cutoff=0.5)
-            raise RecipeError(
-                f"unknown drift metric {self.metric!r}",
-                where="max_drift",
-                remedy=f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(METRICS)}",
-            )
-        if not math.isfinite(self.limit) or self.limit < 0:
-            raise RecipeError(
-                f"drift limit {self.limit!r} is not a number from 0 upwards",
-                where="max_drift",
-                remedy="give a limit such as 1%, cosine=0.01 or sqnr=30dB",
-            )
+    min: Shape
+    max: Shape
 
 
 class Pins(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,8 +62,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Everything that is asked of one compile, apart from the places of its files.
 
     `keep_float` holds regular expressions searched in node and weight names. `shapes` fixes input
-    shapes for calibration inputs and timing. `threads` is what drift and benchmark run with.
-    `samples` bounds the calibration samples (None: all that the data holds). `fusions` switches
+    shapes for calibration inputs, counting and timing; `shape_ranges` adds the least and the largest
+    shape to some of them. `threads` is what drift and benchmark run with. `samples` bounds the
+    calibration samples, `eval_samples` those that drift is measured on (None: all that the data
+    holds). `ranking_samples` are run for each group of nodes when a drift limit is exceeded and the
+    worst are looked for; `benchmark_rounds` counts interleaved pairs of sessions. `fusions` switches
     single fusion rules on or off. `pins` is absent in a recipe that a person wrote.
 
     Raises:
@@ -100,9 +81,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     calib_method: CalibMethod = "auto"
     max_drift: tuple[DriftLimit, ...] = (DriftLimit(limit=0.01),)
     keep_float: tuple[str, ...] = ()
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
+    shape_ranges: dict[str, ShapeRange] = {}
     threads: int = 1
     samples: int | None = None
+    eval_samples: int | None = None
+    ranking_samples: int = 16
+    benchmark_rounds: int = 5
     seed: int = 0
     skip: tuple[SkippableStage, ...] = ()
     golden: GoldenSource = "generated"
@@ -114,8 +99,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         _check_version(self.schema_version, "schema_version")
         _check_at_least(self.threads, 1, "threads")
-        if self.samples is not None:
-            _check_at_least(self.samples, 1, "samples")
+        for field in ("samples", "eval_samples", "ranking_samples", "benchmark_rounds"):
+            value = getattr(self, field)
+            if value is not None:
+                _check_at_least(value, 1, field)
         if not 0 <= self.seed < 2**32:
             raise _bad_value("seed", self.seed, "a whole number from 0 to 4294967295")
         if not self.target:
@@ -125,7 +112,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for name, dims in self.shapes.items():
             if any(size < 1 for size in dims):
                 raise _bad_value(f"shapes.{name}", dims, "a list of sizes from 1 upwards")
-        _check_metrics_once(self.max_drift)
+        for name, limits in self.shape_ranges.items():
+            _check_range(name, limits, self.shapes.get(name))
+        check_metrics_once(self.max_drift)
 
     @property
     def override_texts(self) -> tuple[str, ...]:
@@ -247,57 +236,6 @@ def override(recipe: Recipe, given: Mapping[str, object]) -> Recipe:
         ) from error
 
 
-def parse_drift_limits(text: str) -> tuple[DriftLimit, ...]:
-    """Read `[METRIC=]LIMIT[,…]`: "1%", "cosine=1%,flips=0.02", "sqnr=30dB".
-
-    Per cent become fractions; `sqnr` is in decibels, with or without the unit.
-
-    Raises:
-        RecipeError: if a part is empty, has no number, a negative or infinite one, a unit that
-            does not fit its metric, or a metric that was already given.
-    """
-    limits = tuple(_parse_drift_limit(part.strip(), text) for part in text.split(","))
-    _check_metrics_once(limits)
-    return limits
-
-
-def _parse_drift_limit(part: str, whole: str) -> DriftLimit:
-    metric, equals, number = part.rpartition("=")
-    metric, number = metric.strip().lower(), number.strip()
-    match = _LIMIT.fullmatch(number)
-    if not match or (equals and not _METRIC_NAME.fullmatch(metric)):
-        raise _bad_drift_limit(part, whole, "it is not [METRIC=]LIMIT with a number from 0 upwards")
-    value = float(match["number"])
-    unit = (match["unit"] or "").lower()
-    if unit == "db" and metric != "sqnr":
-        raise _bad_drift_limit(part, whole, "only sqnr is measured in dB")
-    if unit == "%" and metric == "sqnr":
-        raise _bad_drift_limit(part, whole, "sqnr is measured in dB, not in per cent")
-    if not math.isfinite(value):
-        raise _bad_drift_limit(part, whole, "the number is too large")
-    return DriftLimit(metric=metric or None, limit=value / 100 if unit == "%" else value)
-
-
-def _bad_drift_limit(part: str, whole: str, why: str) -> RecipeError:
-    return RecipeError(
-        f"{part!r} is not a drift limit",
-        where=f"--max-drift {whole}",
-        why=why,
-        remedy="give --max-drift 1%, --max-drift cosine=1%,flips=0.02 or --max-drift sqnr=30dB",
-    )
-
-
-def _check_metrics_once(limits: tuple[DriftLimit, ...]) -> None:
-    metrics = [limit.metric for limit in limits]
-    for metric in metrics:
-        if metrics.count(metric) > 1:
-            raise RecipeError(
-                f"two drift limits for {metric or 'the default metric'}",
-                where="max_drift",
-                remedy="give each metric once",
-            )
-
-
 def _check_version(version: object, where: str) -> None:
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise _bad_value(where, version, f"a whole number; this edgepress writes {SCHEMA_VERSION}")
@@ -312,6 +250,25 @@ def _check_version(version: object, where: str) -> None:
 def _check_at_least(value: int, least: int, field: str) -> None:
     if value < least:
         raise _bad_value(field, value, f"a whole number from {least} upwards")
+
+
+def _check_range(name: str, limits: ShapeRange, shape: Shape | None) -> None:
+    """Raise unless 1 <= min <= shape <= max holds on every axis."""
+    if shape is None:
+        raise _bad_value(f"shape_ranges.{name}", name, "a range only to inputs that shapes names, too")
+    triples = list(zip(limits.min, shape, limits.max, strict=False))
+    ranks = {len(limits.min), len(shape), len(limits.max)}
+    if len(ranks) > 1 or not all(1 <= least <= usual <= most for least, usual, most in triples):
+        raise RecipeError(
+            f"the range of shapes of {name!r} is not in order",
+            where=f"shape_ranges.{name}",
+            why=f"min {_times(limits.min)}, usual {_times(shape)}, max {_times(limits.max)}",
+            remedy="give as many sizes to each, on every axis 1 <= min <= usual <= max",
+        )
+
+
+def _times(shape: Shape) -> str:
+    return "x".join(map(str, shape))
 
 
 def _check_regex(pattern: str, where: str) -> None:
@@ -336,6 +293,10 @@ def _refuse_unknown_keys(tables: dict[str, object], where: str) -> None:
     pins = tables.get("pins")
     if isinstance(pins, dict):
         _refuse_unknown_in("pins.", pins, Pins, where)
+    ranges = tables.get("shape_ranges")
+    for name, entry in (ranges if isinstance(ranges, dict) else {}).items():
+        if isinstance(entry, dict):
+            _refuse_unknown_in(f"shape_ranges.{name}.", entry, ShapeRange, where)
     limits = tables.get("max_drift")
     for index, entry in enumerate(limits if isinstance(limits, list) else []):
         if isinstance(entry, dict):

@@ -21,7 +21,7 @@ from ..runtimes.base import Array
 from ..runtimes.ort_runtime import OrtSession
 from ..runtimes.peak_memory import measure_peak_memory
 from ..runtimes.timing import BenchmarkResult, Candidate, Schedule, benchmark
-from .data_sets import input_shapes
+from .input_shapes import input_shapes
 from .opened import Opened, open_named
 from .options import shapes_from
 from .output import Answer
@@ -43,8 +43,9 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     named = list(dict.fromkeys([*filter(None, [arguments.baseline]), *arguments.bundle_or_model]))
     threads = 1 if arguments.threads is None else arguments.threads
     opened = [open_named(name, reporter, threads=threads) for name in named]
-    shapes = shapes_from(arguments.shape)
-    feeds = _inputs(opened[0], shapes, arguments.seed or 0)
+    compiled_for = next((item.shapes for item in opened if item.shapes), {})
+    usual = {name: item.opt for name, item in compiled_for.items()}
+    feeds = _inputs(opened[0], usual | shapes_from(arguments.shape), arguments.seed or 0)
     batch = next((len(values) for values in feeds[0].values() if values.ndim), 1)
     schedule = Schedule() if arguments.rounds is None else Schedule(pairs=arguments.rounds)
     with tempfile.TemporaryDirectory(prefix="edgepress-benchmark-") as scratch:
@@ -85,7 +86,10 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
 
 
 def _inputs(opened: Opened, shapes: dict[str, tuple[int, ...]], seed: int) -> Sequence[Feeds]:
-    """A few sets of generated inputs of the shapes asked for; other axes are 1 (batch) and 128."""
+    """A few sets of generated inputs of the shapes asked for, or that a bundle was compiled for.
+
+    Other axes are 1 (batch) and 128.
+    """
     model = opened.graph()
     known = [spec.name for spec in model.inputs]
     for name in shapes:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..runtimes.ort_runtime import OrtSession
     from .reporter import Reporter
 
-_RANKING_SAMPLES = 16
 REVERTED = "taken back to float to hold the drift limit"
 
 Builder = Callable[["Plan", Path], Candidate]
@@ -41,6 +40,7 @@ class Budget:
     reference: ReferenceOutputs
     baseline: OrtSession
     threads: int
+    ranking_samples: int
 
     def measure(self, candidate: Candidate, reporter: Reporter) -> tuple[DriftReport, list[LimitResult]]:
         """The drift of a candidate on the evaluation data, and how the limits stand."""
@@ -63,7 +63,8 @@ def open_budget(
 ) -> Iterator[Budget]:
     """Resolve the limits' metrics and run the baseline over the evaluation data once."""
     labelled = (data.pairs if task.kind == "embedding" else data.labels) is not None
-    limits = {limit.metric or default_metric(task, labelled): limit.limit for limit in recipe.max_drift}
+    default = default_metric(task, labelled, baseline.outputs)
+    limits = {limit.metric or default: limit.limit for limit in recipe.max_drift}
     with reporter.stage("running the baseline on the evaluation data", len(data)) as stage:
         reference = ReferenceOutputs.collect(baseline, data, task, progress=steps(stage.advance))
     with reference:
@@ -74,6 +75,7 @@ def open_budget(
             reference=reference,
             baseline=baseline,
             threads=recipe.threads,
+            ranking_samples=recipe.ranking_samples,
         )
 
 
@@ -155,10 +157,10 @@ def rank_groups(
 ) -> list[str]:
     """Groups by the drift that each causes alone (all others in float), worst first.
 
-    Measured as relative L2 on at most 16 samples; ties keep the plan's order.
+    Measured as relative L2 on the first of the samples; ties keep the plan's order.
     """
     groups = plan.groups
-    few = data.select(range(min(len(data), _RANKING_SAMPLES)), data.split)
+    few = data.select(range(min(len(data), budget.ranking_samples)), data.split)
     drifts: dict[str, float] = {}
     with (
         ReferenceOutputs.collect(budget.baseline, few, budget.task) as reference,

@@ -12,6 +12,7 @@ from ..export.bundle import BundleContents, append_run, write_bundle
 from ..export.golden import GoldenSet, measure_golden
 from ..export.manifest import (
     DataRecord,
+    InputShapes,
     Manifest,
     ModelRecord,
     PrecisionSummary,
@@ -19,7 +20,9 @@ from ..export.manifest import (
     package_versions,
     session_settings,
 )
+from ..export.samples import inputs_of_shapes
 from ..graph.errors import DataError
+from .input_shapes import extreme_shapes, input_shapes, shape_ranges
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from ..calibration.drift import DriftReport
     from ..compress.recipe import Recipe
     from ..frontends.source import Source
+    from ..graph.model import Model
     from ..runtimes.timing import BenchmarkResult
     from ..targets.profile import Evidence, TargetProfile
     from .candidate import Candidate
@@ -38,10 +42,14 @@ _GOLDEN_SAMPLES = 3
 
 
 def golden_samples(candidate: Candidate, recipe: Recipe, data: CalibrationData | None) -> GoldenSet | None:
-    """Golden inputs and outputs of a candidate, unless the recipe skips them."""
+    """Golden inputs and outputs of a candidate, unless the recipe skips them.
+
+    Where ranges of shapes are asked for, generated ones are of the least, the usual and the largest.
+    """
     if "golden" in recipe.skip:
         return None
-    own = None
+    shapes = extreme_shapes(candidate.model, recipe)
+    own = list(inputs_of_shapes(candidate.model, shapes, seed=recipe.seed)) if shapes else None
     if recipe.golden == "data":
         if data is None:
             raise DataError(
@@ -55,6 +63,7 @@ def golden_samples(candidate: Candidate, recipe: Recipe, data: CalibrationData |
         candidate.file,
         session_settings(candidate.options(recipe.threads)),
         inputs=own,
+        source=recipe.golden,
         seed=recipe.seed,
         threads=recipe.threads,
         shapes=recipe.shapes or None,
@@ -92,6 +101,7 @@ def bundle(
         task=source.model.task,
         target=TargetRecord(name=profile.name, profile_digest=_digest(profile)),
         data=tuple(_records(sets)),
+        shapes=_shapes(source.model, recipe),
         evidence=evidence,
         precision=PrecisionSummary(
             requested=recipe.precision,
@@ -122,8 +132,27 @@ def bundle(
     return place
 
 
+def _shapes(model: Model, recipe: Recipe) -> dict[str, InputShapes]:
+    usual = input_shapes(model, recipe)
+    return {
+        name: InputShapes(min=item.min, opt=usual[name], max=item.max)
+        for name, item in shape_ranges(model, recipe).items()
+    }
+
+
 def _records(sets: DataSets) -> list[DataRecord]:
     records = []
+    if sets.cached is not None:
+        known = sets.cached
+        records.append(
+            DataRecord(
+                name=known.name,
+                digest=known.digest,
+                origin=known.origin,
+                split="calibrate",
+                samples=known.samples,
+            )
+        )
     for data, split in ((sets.calibrate, "calibrate"), (sets.evaluate, "evaluate")):
         if data is not None:
             records.append(

@@ -12,13 +12,14 @@ import numpy as np
 from ..compress.audit import Audit, audit, demote_silent_floats
 from ..compress.lower import apply_plan, fusion_passes
 from ..compress.quantize.static import static_layout
-from ..export.samples import candidate_inputs
+from ..export.samples import candidate_inputs, inputs_of_shapes
 from ..graph.cleanup import exact_cleanup
-from ..graph.errors import EdgepressError, InternalError, ModelError
+from ..graph.errors import EdgepressError, InternalError, ModelError, RecipeError, UserError
 from ..graph.passes import PassRecord, run_passes
 from ..graph.save import save_model
 from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
+from .input_shapes import extreme_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,14 +69,20 @@ def check_samples(
 ) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
     """A few inputs for comparing two forms of one model, and what the untouched model answers to them.
 
-    The user's samples, else generated ones: of those the first sizes that the model takes.
+    The user's samples, else generated ones: of those the first sizes that the model takes. Where ranges
+    of shapes are asked for, generated ones of the least and the largest are added.
 
     Raises:
         ModelError: if the model runs on none of the generated inputs.
+        RecipeError: if it does not run on the least or the largest shapes that were asked for.
     """
-    if data is not None and len(data):
-        own = [feeds for feeds, _ in zip(data, range(_CHECK_SAMPLES), strict=False)]
-        return own, [baseline.run(feeds) for feeds in own]
+    ends = check_range(model, recipe, baseline)
+    if ends or (data is not None and len(data)):
+        own = [feeds for feeds, _ in zip(data or (), range(_CHECK_SAMPLES), strict=False)]
+        return own + [feeds for feeds, _ in ends], [
+            *(baseline.run(feeds) for feeds in own),
+            *(outputs for _, outputs in ends),
+        ]
     refused: ModelError | None = None
     for made in candidate_inputs(model, seed=recipe.seed, count=_CHECK_SAMPLES, shapes=recipe.shapes):
         samples = [dict(sample) for sample in made]
@@ -86,6 +93,31 @@ def check_samples(
     if refused is None:
         raise InternalError("no inputs could be generated", where=model.origin.name)
     raise refused
+
+
+def check_range(
+    model: Model, recipe: Recipe, baseline: OrtSession
+) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+    """Inputs of the least and the largest shapes that were asked for, and what the model answers to them.
+
+    Raises:
+        RecipeError: if it does not run on them.
+    """
+    shapes = extreme_shapes(model, recipe)
+    found = []
+    for entry, end in zip(shapes[::2], ("least", "largest"), strict=False):
+        feeds = dict(inputs_of_shapes(model, [entry], seed=recipe.seed)[0])
+        try:
+            found.append((feeds, baseline.run(feeds)))
+        except UserError as error:
+            written = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in entry.items())
+            raise RecipeError(
+                f"the model does not run at the {end} shapes that --shape allows",
+                where=written,
+                why=error.why or error.what,
+                remedy="narrow the range to what the model takes",
+            ) from error
+    return found
 
 
 def prepare(

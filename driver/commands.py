@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..compress.presets import PRESETS, preset_line
 from ..compress.recipe import CalibMethod, GoldenSource, Precision, Quantization, choices
 
 OptionKind = Literal["value", "integer", "flag", "append", "optional-list"]
@@ -89,9 +90,11 @@ PREPROCESSOR = Option(
 SHAPE = Option(
     flags=("--shape",),
     kind="append",
-    metavar="NAME:1x128",
-    help="the shape of one input, for generated inputs and timing; may be repeated",
+    metavar="NAME:1x128 | NAME:MIN:OPT:MAX",
+    help="the shape of one input, or its range such as ids:1x16:1x128:8x512: OPT is what is counted and "
+    "timed, compile also runs MIN and MAX, and data must lie inside; may be repeated",
 )
+ROUNDS = Option(flags=("--rounds",), kind="integer", metavar="N", help="interleaved rounds of fresh sessions")
 SAMPLES = Option(flags=("--samples",), kind="integer", metavar="N", help="use at most N samples")
 SEED = Option(
     flags=("--seed",),
@@ -135,14 +138,40 @@ COMPILE = Command(
             flags=("--calib",),
             metavar="DATA",
             help="calibration data: .npz, a folder of arrays or images, .txt/.jsonl/.csv text, "
-            "or module:function",
+            "hf:NAME[:CONFIG][:SPLIT][,ROLE=COLUMN…] of the Hugging Face hub, or module:function",
         ),
         Option(
             flags=("--eval",),
             metavar="DATA",
             help="data that drift is measured on; default: a fifth of --calib, kept apart",
         ),
-        SAMPLES,
+        Option(
+            flags=("--calib-cache",),
+            metavar="FILE",
+            help="calibrated ranges as JSON: written if there is none, used if it is of this model, data "
+            "and method, refused otherwise; with it alone nothing needs data but drift, which is then "
+            "not measured",
+        ),
+        Option(
+            flags=("--preset",),
+            choices=tuple(PRESETS),
+            help="how much is looked at; resolved into the recipe, and options given beside it win. "
+            + "; ".join(preset_line(name) for name in PRESETS),
+        ),
+        Option(flags=SAMPLES.flags, kind="integer", metavar="N", help="calibrate on at most N samples"),
+        Option(
+            flags=("--eval-samples",),
+            kind="integer",
+            metavar="N",
+            help="measure drift on at most N samples",
+        ),
+        Option(
+            flags=("--ranking-samples",),
+            kind="integer",
+            metavar="N",
+            help="samples that layers are ranked on when a drift limit is exceeded; default 16",
+        ),
+        Option(flags=ROUNDS.flags, kind="integer", metavar="N", help=f"{ROUNDS.help}; default 5"),
         Option(
             flags=("--precision",),
             choices=choices(Precision),
@@ -214,6 +243,9 @@ COMPILE = Command(
         "edgepress compile ./minilm --target raspberry-pi-5 -o out --calib text.txt --max-drift cosine=2%",
         "edgepress compile model.onnx --target raspberry-pi-4 --data-free --dry-run",
         "edgepress compile model.onnx --recipe out/recipe.toml -o again",
+        "edgepress compile ./bert --target host -o out --calib hf:nyu-mll/glue:sst2:train --preset quick",
+        "edgepress compile ./bert --target host -o out --shape input_ids:1x16:1x128:8x512 --calib text.txt",
+        "edgepress compile model.onnx --target host -o out --calib data.npz --calib-cache ranges.json",
     ),
 )
 
@@ -291,6 +323,7 @@ DRIFT = Command(
     examples=(
         "edgepress drift model.onnx out --data test.npz",
         "edgepress drift model.onnx out --data labelled.csv --max-drift cosine=1%,flips=2%",
+        "edgepress drift ./bert out --data hf:stanfordnlp/imdb:test,text=text,label=label --samples 200",
     ),
 )
 
@@ -311,12 +344,7 @@ BENCHMARK = Command(
         THREADS,
         SHAPE,
         SEED,
-        Option(
-            flags=("--rounds",),
-            kind="integer",
-            metavar="N",
-            help="interleaved rounds of fresh sessions",
-        ),
+        ROUNDS,
         *COMMON,
     ),
     examples=(

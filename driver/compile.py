@@ -23,8 +23,10 @@ from ..targets.registry import load_target
 from .budget import hold, open_budget
 from .bundling import bundle
 from .cache import cache_folder
+from .calib_cache import CalibCache
 from .candidate import Candidate, build, check_samples, difference, prepare
-from .data_sets import DataSets, check_shapes, open_data_sets
+from .data_sets import DataSets, open_data_sets
+from .input_shapes import check_shapes
 from .local_benchmark import COMPILED, WITHOUT_OPTIONS, slowness, time_against_baseline, timing_inputs
 from .observing import centred, observe_ranges, ranges_digest
 from .reporter import Reporter, SilentReporter
@@ -52,6 +54,7 @@ def compile_model(
     output: str | Path | None = None,
     calib: str | None = None,
     eval_data: str | None = None,
+    calib_cache: str | Path | None = None,
     recipe: Recipe | None = None,
     tokenizer: str | None = None,
     preprocessor: str | None = None,
@@ -67,6 +70,8 @@ def compile_model(
         output: the bundle's folder; None measures without writing one.
         calib: calibration data (see `calibration.data.open_data`).
         eval_data: evaluation data; without it 20 % of `calib` are held out.
+        calib_cache: a file of calibrated ranges: used if it is there (then `calib` may be left out, and
+            without `eval_data` no drift is measured), else written.
         recipe: everything else that can be asked for; its `target` gives way to `target`.
         tokenizer: a tokenizer.json or folder, if it is not beside the model.
         preprocessor: a preprocessor_config.json or folder, if it is not beside the model.
@@ -87,7 +92,7 @@ def compile_model(
     work.open_source(str(model), tokenizer, preprocessor)
     with workspace() as folder:
         work.folder = folder
-        work.open_data(calib, eval_data)
+        work.open_data(calib, eval_data, calib_cache)
         work.prepare(str(model))
         work.plan()
         if dry_run:
@@ -106,6 +111,7 @@ class _Compile:
     profile: TargetProfile
     folder: Path
     sets: DataSets
+    cache: CalibCache | None
     baseline_file: Path
     baseline: OrtSession
     samples: list[dict[str, Array]]
@@ -167,10 +173,18 @@ class _Compile:
                 remedy="remove the [pins] table to let the choices be made anew",
             )
 
-    def open_data(self, calib: str | None, eval_data: str | None) -> None:
-        self.sets = open_data_sets(self.source, self.recipe, calib, eval_data)
+    def open_data(self, calib: str | None, eval_data: str | None, calib_cache: str | Path | None) -> None:
+        self.cache = None if calib_cache is None else CalibCache(Path(calib_cache))
+        with self.reporter.stage("reading the data"):
+            self.sets = open_data_sets(self.source, self.recipe, calib, eval_data, self.cache)
         for note in self.sets.notes:
             self.reporter.note(note)
+        if self.cache is not None:
+            doubt = self.cache.check(self.source.model, self.sets.calibrate, self.recipe.calib_method)
+            if doubt is not None:
+                self._warn(doubt)
+            if self.sets.evaluate is None and "drift" not in self.recipe.skip:
+                self._warn("drift is not measured, and no limit is held: there is no data (add --eval DATA)")
 
     def prepare(self, model: str) -> None:
         """Open the untouched baseline, then clean up and fuse a fork, checked against it."""
@@ -213,7 +227,7 @@ class _Compile:
         request = Request(
             quantization=quantization,
             keep_float=recipe.keep_float,
-            calibrated=self.sets.calibrate is not None,
+            calibrated=self.sets.calibrated,
             shapes=recipe.shapes,
         )
         plan = propose(self.prepared, self.profile, request)
@@ -246,9 +260,14 @@ class _Compile:
 
     def build(self) -> None:
         """Centre what is dynamic, calibrate what is static, apply the plan, let the runtime confirm it."""
-        if self.sets.calibrate is not None:
-            self._centre(self.sets.calibrate)
-            self._calibrate(self.sets.calibrate)
+        data = self.sets.calibrate
+        if self.sets.calibrated:
+            self._centre(data)
+            self._calibrate(data)
+        if self.cache is not None and data is not None:
+            note = self.cache.write(self.source.model, data, self.recipe.calib_method)
+            if note is not None:
+                self.notes.append(note)
         with self.reporter.stage("applying the plan"):
             self.candidate = self.lower(self.current_plan, self.folder / "candidate")
         self.built = True
@@ -257,17 +276,29 @@ class _Compile:
                 f"{finding.node} is planned in float, but the runtime makes {finding.runtime_op} of it"
             )
 
-    def _calibrate(self, data: CalibrationData) -> None:
+    def _calibrate(self, data: CalibrationData | None) -> None:
         self.ranges, notes = observe_ranges(
-            self.prepared, self.current_plan, data, self.recipe, self.reporter
+            self.prepared,
+            self.current_plan,
+            data,
+            self.recipe,
+            reporter=self.reporter,
+            cache=self.cache,
         )
         self.notes += notes
         pins = self.recipe.pins
         if pins is not None and self.ranges and pins.ranges_sha256 not in (None, ranges_digest(self.ranges)):
             self._warn("calibration found other ranges than those that the recipe pins")
 
-    def _centre(self, data: CalibrationData) -> None:
-        made = centred(self.prepared, self.current_plan, data, self.recipe, self.reporter)
+    def _centre(self, data: CalibrationData | None) -> None:
+        made = centred(
+            self.prepared,
+            self.current_plan,
+            data,
+            self.recipe,
+            reporter=self.reporter,
+            cache=self.cache,
+        )
         if made is None:
             return
         problem = difference(made[0], self.samples, self.expected)
@@ -335,7 +366,7 @@ class _Compile:
         self.timing = self._time()
 
     def _data_digest(self) -> str | None:
-        return None if self.sets.calibrate is None else self.sets.calibrate.digest
+        return self.sets.calibration_digest
 
     def _warn(self, text: str) -> None:
         self.notes.append(text)
@@ -347,7 +378,9 @@ class _Compile:
         forms = [(COMPILED, self.candidate.file, self.candidate.options(threads))]
         if self.candidate.config:
             forms.append((WITHOUT_OPTIONS, self.candidate.file, SessionOptions(threads=threads)))
-        return time_against_baseline(self.baseline_file, forms, feeds, threads, self.reporter)
+        return time_against_baseline(
+            self.baseline_file, forms, feeds, threads, self.reporter, rounds=self.recipe.benchmark_rounds
+        )
 
     def evidence(self) -> Evidence:
         timed_there = self.profile.kind == "host" and self.timing is not None

@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         output=None if arguments.output is None else Path(arguments.output),
         calib=arguments.calib,
         eval_data=arguments.eval,
+        calib_cache=arguments.calib_cache,
         recipe=recipe,
         tokenizer=arguments.tokenizer,
         preprocessor=arguments.preprocessor,

@@ -6,14 +6,16 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ..calibration.data import CalibrationData, generated_data, open_data, require_disjoint, split_data
-from ..compress.cost import DEFAULT_BATCH, DEFAULT_LENGTH
-from ..graph.errors import DataError, RecipeError
+from ..graph.errors import DataError
 from ..graph.tables import index_bounds
+from .input_shapes import input_shapes, shape_ranges
 
 if TYPE_CHECKING:
+    from ..calibration.cache_file import CalibratedOn
     from ..compress.recipe import Recipe
     from ..frontends.source import Source
-    from ..graph.model import Model, TensorSpec
+    from ..graph.model import Model
+    from .calib_cache import CalibCache
 
 DATA_FREE_STAMP = "data-free"
 _GENERATED_SAMPLES = 32
@@ -23,24 +25,53 @@ _GENERATED_SAMPLES = 32
 class DataSets:
     """Calibration and evaluation samples, disjoint; either may be absent.
 
+    `cached` is what a calibration cache was made of, where there is one and no calibration data.
     `stamps` mark every figure that comes of them; `notes` say what was done to them.
     """
 
     calibrate: CalibrationData | None = None
     evaluate: CalibrationData | None = None
+    cached: CalibratedOn | None = None
     stamps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything is known about activations: from data, or from a cache."""
+        return self.calibrate is not None or self.cached is not None
 
-def open_data_sets(source: Source, recipe: Recipe, calib: str | None, evaluate: str | None) -> DataSets:
+    @property
+    def calibration_digest(self) -> str | None:
+        """The digest of the data that ranges come of."""
+        if self.calibrate is not None:
+            return self.calibrate.digest
+        return None if self.cached is None else self.cached.digest
+
+
+def open_data_sets(
+    source: Source,
+    recipe: Recipe,
+    calib: str | None,
+    evaluate: str | None,
+    cache: CalibCache | None = None,
+) -> DataSets:
     """Open what was given; split 80/20 when only calibration data was; generate it when asked to.
+
+    A calibration cache that was there stands in for calibration data; without evaluation data no drift
+    is measured then.
 
     Raises:
         DataError: if data is unusable, or drift has to be measured and there is none.
     """
+    cached = None if cache is None or cache.known is None else cache.known.data
+    stamps = (DATA_FREE_STAMP,) if cached is not None and cached.origin == "generated" else ()
     if calib is None and evaluate is None:
         if recipe.data_free:
             return _generated(source.model, recipe, source.encoder.vocab_size if source.encoder else None)
+        if cached is not None:
+            return DataSets(cached=cached, stamps=stamps)
+        if cache is not None:
+            raise cache.absent()
         if "drift" not in recipe.skip:
             raise DataError(
                 "there is no data to measure the drift on",
@@ -50,6 +81,8 @@ def open_data_sets(source: Source, recipe: Recipe, calib: str | None, evaluate: 
             )
         return DataSets()
 
+    ranges = {name: (item.min, item.max) for name, item in shape_ranges(source.model, recipe).items()}
+
     def opened(path: str, samples: int | None) -> CalibrationData:
         return open_data(
             path,
@@ -58,16 +91,18 @@ def open_data_sets(source: Source, recipe: Recipe, calib: str | None, evaluate: 
             samples=samples,
             seed=recipe.seed,
             shapes=recipe.shapes,
+            shape_ranges=ranges,
             classes=source.model.task.classes,
             preprocessor=source.files.get("preprocessor_config.json"),
         )
 
     if calib is None:
         assert evaluate is not None
-        return DataSets(evaluate=opened(evaluate, None))
+        held_out = opened(evaluate, recipe.eval_samples)
+        return DataSets(evaluate=held_out, cached=cached, stamps=stamps, notes=held_out.notes)
     calibrate = opened(calib, recipe.samples)
     if evaluate is not None:
-        calibrate, held_out, removed = require_disjoint(calibrate, opened(evaluate, None))
+        calibrate, held_out, removed = require_disjoint(calibrate, opened(evaluate, recipe.eval_samples))
         note = (
             (f"{removed} calibration samples also stand in the evaluation data: left out",) if removed else ()
         )
@@ -82,6 +117,8 @@ def open_data_sets(source: Source, recipe: Recipe, calib: str | None, evaluate: 
             remedy="pass more samples, or others with --eval",
         )
     kept, held_out = split_data(calibrate, seed=recipe.seed)
+    if recipe.eval_samples is not None:
+        held_out = held_out.select(range(min(len(held_out), recipe.eval_samples)), "evaluate")
     return DataSets(calibrate=kept, evaluate=held_out, notes=kept.notes)
 
 
@@ -97,65 +134,3 @@ def _generated(model: Model, recipe: Recipe, vocab_size: int | None) -> DataSets
     )
     kept, held_out = split_data(made, seed=recipe.seed)
     return DataSets(calibrate=kept, evaluate=held_out, stamps=(DATA_FREE_STAMP,))
-
-
-def check_shapes(model: Model, recipe: Recipe) -> None:
-    """Hold the shapes that were asked for against the model's inputs.
-
-    Raises:
-        RecipeError: if a name is no input, or a shape contradicts a fixed axis.
-    """
-    known = {spec.name: spec for spec in model.inputs}
-    takes = ", ".join(f"{spec.name!r} of {_dims(spec)}" for spec in model.inputs)
-    for name, shape in recipe.shapes.items():
-        spec = known.get(name)
-        if spec is None:
-            raise RecipeError(
-                f"the model has no input {name!r}", where="--shape", remedy=f"the inputs are {takes}"
-            )
-        dims = spec.shape
-        fits = dims is None or (
-            len(dims) == len(shape)
-            and all(size == dim for size, dim in zip(shape, dims, strict=True) if isinstance(dim, int))
-        )
-        if not fits:
-            raise RecipeError(
-                f"input {name!r} does not take the shape {'x'.join(map(str, shape))}",
-                where="--shape",
-                why=f"the model fixes it to {_dims(spec)}",
-                remedy="give a size for every axis, and the model's own where it is fixed",
-            )
-
-
-def _dims(spec: TensorSpec) -> str:
-    if spec.shape is None:
-        return "any shape"
-    return "x".join("?" if dim is None else str(dim) for dim in spec.shape)
-
-
-def input_shapes(model: Model, recipe: Recipe, longest: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Shapes for generated inputs and timing: the recipe's, else batch 1 and 128 on other dynamic axes.
-
-    Args:
-        model: gives inputs and axes.
-        recipe: `shapes` fixes inputs by name; axes of the same name follow.
-        longest: a shorter limit than 128 for sequences, if the tokenizer has one.
-    """
-    length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
-    named: dict[str, int] = {}
-    for spec in model.inputs:
-        for dim, size in zip(spec.shape or (), recipe.shapes.get(spec.name, ()), strict=False):
-            if isinstance(dim, str):
-                named[dim] = size
-    shapes = {}
-    for spec in model.inputs:
-        given = recipe.shapes.get(spec.name)
-        if given is not None:
-            shapes[spec.name] = given
-            continue
-        dims = [
-            dim if isinstance(dim, int) else named.get(str(dim), DEFAULT_BATCH if place == 0 else length)
-            for place, dim in enumerate(spec.shape or ())
-        ]
-        shapes[spec.name] = tuple(dims)
-    return shapes

@@ -7,7 +7,7 @@ import argparse
 from ..calibration.data import open_data
 from ..calibration.drift import measure_drift
 from ..calibration.limits import check_limits, default_metric
-from ..compress.recipe import parse_drift_limits
+from ..compress.drift_limit import parse_drift_limits
 from ..graph.errors import EXIT_CHECK, EXIT_OK, RecipeError
 from .drift_tables import drift_blocks, limits_by_metric
 from .opened import open_named
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         raise RecipeError(
             "no data is named",
             where="--data",
-            remedy="give --data with .npz, a folder of arrays, texts or module:function",
+            remedy="give --data with .npz, a folder of arrays, texts, hf:NAME or module:function",
         )
     limits = () if arguments.max_drift is None else parse_drift_limits(arguments.max_drift)
     threads = 1 if arguments.threads is None else arguments.threads
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         )
         for named in (arguments.baseline, arguments.candidate)
     )
+    shapes = candidate.shapes or baseline.shapes
     data = open_data(
         arguments.data,
         baseline.inputs,
@@ -44,18 +45,21 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         preprocessor=baseline.preprocessor or candidate.preprocessor,
         samples=arguments.samples,
         seed=arguments.seed or 0,
+        shape_ranges={name: (item.min, item.max) for name, item in shapes.items()},
         classes=baseline.task.classes,
     )
+    reference = baseline.session()
     with reporter.stage("drift", total=2 * len(data)) as stage:
         report = measure_drift(
-            baseline.session(),
+            reference,
             candidate.session(),
             data,
             baseline.task,
             progress=absolute_progress(stage),
         )
     has_labels = (data.pairs if baseline.task.kind == "embedding" else data.labels) is not None
-    results = check_limits(report, limits_by_metric(limits, default_metric(baseline.task, has_labels)))
+    default = default_metric(baseline.task, has_labels, reference.outputs)
+    results = check_limits(report, limits_by_metric(limits, default))
     missed = [result for result in results if not result.met]
     for result in missed:
         reporter.warn(f"the drift limit on {result.metric} is not met: {result.reason}")

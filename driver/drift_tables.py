@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..calibration.drift import DriftReport
 from ..calibration.limits import LimitResult
-from ..compress.recipe import DriftLimit
+from ..compress.drift_limit import DriftLimit
 from .output import Block, Table, format_percent
 
 

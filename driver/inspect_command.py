@@ -25,7 +25,7 @@ from .opened import is_bundle
 from .operator_tables import operator_check_blocks
 from .options import overrides_from
 from .output import Answer, Block, Table, format_bytes
-from .plan_tables import plan_blocks
+from .plan_tables import plan_blocks, plan_summary
 from .reporter import Reporter
 
 
@@ -59,6 +59,7 @@ def _model(named: str, arguments: argparse.Namespace, reporter: Reporter) -> Ans
             "task": model.task,
             "inputs": model.inputs,
             "outputs": model.outputs,
+            "nodes": sum(operators.values()),
             "operators": operators,
             "weights": weights,
             "weight_bytes": model.weight_bytes,
@@ -89,6 +90,7 @@ def _model(named: str, arguments: argparse.Namespace, reporter: Reporter) -> Ans
                 named, target=arguments.target, recipe=recipe, dry_run=True, reporter=reporter
             )
             document["plan"] = result.plan
+            document["plan_summary"] = plan_summary(result.plan)
             blocks += plan_blocks(result.plan, every_node=True)
     else:
         blocks.append("What a compile would do with each node: add --target NAME.")
@@ -104,7 +106,10 @@ def _bundle(path: Path) -> Answer:
             "path": path,
             "digest": bundle_digest(path),
             "manifest": manifest,
+            "model_bytes": _model_bytes(path, manifest),
+            "golden_samples": len(manifest.golden.samples) if manifest.golden else 0,
             "plan": plan,
+            "plan_summary": plan_summary(plan),
             "runs": runs,
             "problems": problems,
         }
@@ -137,7 +142,7 @@ def _facts(path: Path, manifest: Manifest) -> Table:
     settings = [f"{key}={value}" for key, value in options.config.items()]
     if options.graph_optimization_level is not None:
         settings.insert(0, options.graph_optimization_level)
-    size_bytes = sum((path / name).stat().st_size for name in manifest.model.files if (path / name).is_file())
+    size_bytes = _model_bytes(path, manifest)
     rows = (
         ("model", f"{manifest.model.name}, {format_bytes(size_bytes)}, opset {manifest.model.opset}"),
         ("made from", f"{manifest.source.name} ({manifest.source.kind})"),
@@ -150,11 +155,20 @@ def _facts(path: Path, manifest: Manifest) -> Table:
             "data",
             ", ".join(f"{item.name}: {item.samples} ({item.split})" for item in manifest.data) or "none",
         ),
+        *(
+            (f"shapes of {name}", f"{list(item.min)} to {list(item.max)}, usually {list(item.opt)}")
+            for name, item in manifest.shapes.items()
+        ),
         ("golden samples", str(len(manifest.golden.samples)) if manifest.golden else "none"),
         ("stamps", ", ".join(manifest.stamps) or "none"),
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
     )
     return Table(title=str(path), columns=("what", "value"), rows=rows)
+
+
+def _model_bytes(path: Path, manifest: Manifest) -> int:
+    """Bytes of the model's files that are there."""
+    return sum((path / name).stat().st_size for name in manifest.model.files if (path / name).is_file())
 
 
 def _interface(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> Table:

@@ -16,7 +16,7 @@ from ..runtimes.peak_memory import measure_peak_memory
 from ..runtimes.timing import BenchmarkResult, Schedule, benchmark
 from ..runtimes.timing import Candidate as Timed
 from .budget import steps
-from .data_sets import input_shapes
+from .input_shapes import input_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 BASELINE = "before"
 COMPILED = "after"
 WITHOUT_OPTIONS = "after, default session options"
-_SCHEDULE = Schedule(pairs=5, runs=16, limit_s=30.0)
+_RUNS = 16
+_LIMIT_PER_ROUND_S = 6.0
 
 
 def timing_inputs(source: Source, recipe: Recipe) -> dict[str, Array]:
@@ -41,10 +42,12 @@ def timing_inputs(source: Source, recipe: Recipe) -> dict[str, Array]:
     model, encoder = source.model, source.encoder
     shapes = input_shapes(model, recipe, encoder.max_length if encoder else None)
     vocab_size = encoder.vocab_size if encoder else None
+    batch = next((shape[0] for shape in shapes.values() if shape), 1)
     made = generated_data(
-        model.inputs, shapes, 1, recipe.seed, index_limits=index_bounds(model), vocab_size=vocab_size
+        model.inputs, shapes, batch, recipe.seed, index_limits=index_bounds(model), vocab_size=vocab_size
     )
-    return {name: np.asarray(values) for name, values in next(iter(made)).items()}
+    feeds, _ = next(made.batches(batch))
+    return {name: np.asarray(values) for name, values in feeds.items()}
 
 
 def slowness(timing: BenchmarkResult, form: str) -> str | None:
@@ -62,6 +65,7 @@ def time_against_baseline(
     threads: int,
     reporter: Reporter,
     *,
+    rounds: int = 5,
     with_memory: bool = True,
 ) -> BenchmarkResult:
     """Interleaved timing of model files; the first entry of the result is the baseline.
@@ -72,6 +76,7 @@ def time_against_baseline(
         feeds: one set of inputs.
         threads: for the baseline; the candidates' options carry their own.
         reporter: progress.
+        rounds: interleaved pairs of sessions.
         with_memory: also measure the peak memory of a fresh process per file.
     """
     files = {BASELINE: (baseline, SessionOptions(threads=threads))}
@@ -80,8 +85,9 @@ def time_against_baseline(
         Timed(name=name, open=_opener(file, options), feeds=(feeds,), samples_per_run=_batch(feeds))
         for name, (file, options) in files.items()
     ]
-    with reporter.stage("timing on this machine", _SCHEDULE.pairs) as stage:
-        result = benchmark(timed, _SCHEDULE, progress=steps(stage.advance))
+    schedule = Schedule(pairs=rounds, runs=_RUNS, limit_s=_LIMIT_PER_ROUND_S * rounds)
+    with reporter.stage("timing on this machine", rounds) as stage:
+        result = benchmark(timed, schedule, progress=steps(stage.advance))
     if not with_memory:
         return result
     return msgspec.structs.replace(

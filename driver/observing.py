@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from ..compress.recipe import Recipe
     from ..graph.model import Model
     from ..graph.passes import PassRecord
+    from .calib_cache import CalibCache
     from .reporter import Reporter
 
 
 def observe_ranges(
-    model: Model, plan: Plan, data: CalibrationData, recipe: Recipe, reporter: Reporter
+    model: Model,
+    plan: Plan,
+    data: CalibrationData | None,
+    recipe: Recipe,
+    *,
+    reporter: Reporter,
+    cache: CalibCache | None = None,
 ) -> tuple[Ranges, list[str]]:
-    """Ranges of all that the plan computes with static ranges, from one pass over the data.
+    """Ranges of all that the plan computes with static ranges, from one pass over the data or a cache.
 
     Returns:
         Tensor name -> (minimum, maximum), empty if nothing is static; and what is worth a note.
@@ -36,6 +43,9 @@ def observe_ranges(
     if not layout.observed:
         return {}, []
     assert layout.activation is not None
+    known = None if cache is None else cache.ranges(layout.observed, layout.activation)
+    if known is not None or data is None:
+        return known or {}, []
     with reporter.stage("calibrating", len(data)) as stage:
         observers = collect_ranges(
             model,
@@ -50,13 +60,22 @@ def observe_ranges(
         for name, observer in observers.items()
         if observer.masked
     ]
-    return {name: observer.limits(layout.activation) for name, observer in observers.items()}, notes
+    ranges = {name: observer.limits(layout.activation) for name, observer in observers.items()}
+    if cache is not None:
+        cache.keep_ranges(ranges, layout.activation)
+    return ranges, notes
 
 
 def centred(
-    model: Model, plan: Plan, data: CalibrationData, recipe: Recipe, reporter: Reporter
+    model: Model,
+    plan: Plan,
+    data: CalibrationData | None,
+    recipe: Recipe,
+    *,
+    reporter: Reporter,
+    cache: CalibCache | None = None,
 ) -> tuple[Model, list[PassRecord]] | None:
-    """A fork with normalised activations centred on the data: the same function, finer steps.
+    """A fork with normalised activations centred on the data or a cache: the same function, finer steps.
 
     Returns:
         The fork and what the pass did; None where the plan has nothing to centre, or the recipe
@@ -65,13 +84,18 @@ def centred(
     names = centrable(model, plan.decisions)
     if not names or not recipe.fusions.get(CENTRE, True):
         return None
-    with reporter.stage("centring activations", len(data)) as stage:
-        limits = collect_channel_limits(
-            model, names, data, options=_options(recipe), progress=steps(stage.advance)
-        )
-        made = model.fork()
-        records = run_passes(made, [CentreActivations(limits=limits)])
-    return made, records
+    limits = None if cache is None else cache.channels(model, names)
+    if limits is None:
+        if data is None:
+            return None
+        with reporter.stage("centring activations", len(data)) as stage:
+            limits = collect_channel_limits(
+                model, names, data, options=_options(recipe), progress=steps(stage.advance)
+            )
+        if cache is not None:
+            cache.keep_channels(limits)
+    made = model.fork()
+    return made, run_passes(made, [CentreActivations(limits=limits)])
 
 
 def ranges_digest(ranges: Ranges) -> str:

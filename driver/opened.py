@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..export.manifest import Manifest
+from ..export.manifest import InputShapes, Manifest
 from ..export.verify import read_manifest
 from ..frontends.source import load_source
 from ..frontends.text import TextEncoder
@@ -37,6 +38,7 @@ class Opened:
         task: what its outputs mean.
         encoder: turns texts into inputs, where it carries a tokenizer.
         preprocessor: its preprocessor_config.json, where it carries one: turns images into inputs.
+        shapes: a bundle's ranges of input shapes, where it was compiled for such.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Opened:
     task: Task
     encoder: TextEncoder | None
     preprocessor: Path | None = None
+    shapes: Mapping[str, InputShapes] = field(default_factory=dict)
 
     def graph(self) -> Model:
         """The graph in memory.
@@ -145,6 +148,7 @@ def _open_bundle(path: Path, named: str, threads: int) -> Opened:
         task=manifest.task,
         encoder=_encoder(path) if "tokenizer.json" in manifest.assets else None,
         preprocessor=path / "assets" / _PREPROCESSOR if _PREPROCESSOR in manifest.assets else None,
+        shapes=manifest.shapes,
     )
 
 

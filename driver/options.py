@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
+from ..compress.drift_limit import parse_drift_limits
+from ..compress.presets import PRESETS
 from ..compress.recipe import (
     Recipe,
+    Shape,
+    ShapeRange,
     SkippableStage,
     choices,
     override,
-    parse_drift_limits,
     read_recipe,
 )
 from ..graph.errors import RecipeError
@@ -25,9 +28,9 @@ from .commands import COMMANDS, EXIT_CODES, Argument, Command, Option
 # Options that set the recipe field of the same name without any conversion.
 _PLAIN_RECIPE_OPTIONS = (
     *("target", "precision", "quantization", "calib_method", "threads", "samples", "seed", "golden"),
-    *("data_free", "trust_code"),
+    *("data_free", "trust_code", "eval_samples", "ranking_samples"),
 )
-_SHAPE = re.compile(r"(?P<name>.+):(?P<dims>[^:]*)", re.DOTALL)
+_SIZES = re.compile(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", re.IGNORECASE)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,7 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that `edgepress compile` was asked for: --recipe, then every option given over it.
+    """The recipe that `edgepress compile` was asked for: --recipe, then --preset, then options.
 
     Raises:
         RecipeError: if no target is named, the file cannot be used, or an option's value is wrong.
@@ -110,7 +113,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
             where="--target",
             remedy="add --target host, or one of `edgepress targets list`",
         )
-    given: dict[str, object] = {}
+    given: dict[str, object] = {} if arguments.preset is None else dict(PRESETS[arguments.preset])
     for name in _PLAIN_RECIPE_OPTIONS:
         value = getattr(arguments, name)
         if value is not None and value is not False:
@@ -120,7 +123,12 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
     if arguments.keep_float is not None:
         given["keep_float"] = tuple(arguments.keep_float)
     if arguments.shape is not None:
-        given["shapes"] = {**recipe.shapes, **shapes_from(arguments.shape)}
+        shapes = shapes_from(arguments.shape)
+        kept = {name: limits for name, limits in recipe.shape_ranges.items() if name not in shapes}
+        given["shapes"] = {**recipe.shapes, **shapes}
+        given["shape_ranges"] = kept | ranges_from(arguments.shape)
+    if arguments.rounds is not None:
+        given["benchmark_rounds"] = arguments.rounds
     if arguments.set is not None:
         given["target_overrides"] = {**recipe.target_overrides, **overrides_from(arguments.set)}
     if arguments.skip is not None:
@@ -128,19 +136,29 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
     return override(recipe, given)
 
 
-def shapes_from(texts: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
-    """The shapes of repeated --shape options, by input name.
+def shapes_from(texts: Sequence[str] | None) -> dict[str, Shape]:
+    """The shapes of repeated --shape options, by input name; of a range the usual one.
 
     Raises:
         RecipeError: if one is malformed or an input is named twice.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
     for text in texts or ():
-        name, dims = parse_shape(text)
+        name, shape, _ = parse_shape(text)
         if name in shapes:
             raise RecipeError(f"two shapes for {name!r}", where="--shape", remedy="give each input once")
-        shapes[name] = dims
+        shapes[name] = shape
     return shapes
+
+
+def ranges_from(texts: Sequence[str] | None) -> dict[str, ShapeRange]:
+    """The ranges of repeated --shape options, by input name; inputs with one shape are left out.
+
+    Raises:
+        RecipeError: if one is malformed.
+    """
+    parsed = (parse_shape(text) for text in texts or ())
+    return {name: limits for name, _, limits in parsed if limits is not None}
 
 
 def overrides_from(texts: Sequence[str] | None) -> dict[str, str]:
@@ -152,21 +170,55 @@ def overrides_from(texts: Sequence[str] | None) -> dict[str, str]:
     return dict(parse_assignment(text) for text in texts or ())
 
 
-def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """Read `name:1x128` as an input name (which may itself hold colons) and its sizes.
+def parse_shape(text: str) -> tuple[str, Shape, ShapeRange | None]:
+    """Read `name:1x128`, or the range `name:1x16:1x128:8x512` of a least, usual and largest shape.
+
+    The name may itself hold colons: it is a range only if the last three parts are shapes with as many
+    axes each.
+
+    Returns:
+        The input's name, its (usual) shape, and the range where one is given.
 
     Raises:
-        RecipeError: if the name or a size is missing, or a size is not a whole number from 1 upwards.
+        RecipeError: if the name or a size is missing, a size is not a whole number from 1 upwards, or
+            a range has two shapes or is not in order.
     """
-    match = _SHAPE.fullmatch(text.strip())
-    parts = match["dims"].lower().split("x") if match else []
-    if not match or not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) > 0 for part in parts):
-        raise RecipeError(
-            f"{text!r} is not a shape",
-            where="--shape",
-            remedy="give the input's name and its sizes, such as --shape input_ids:1x128",
-        )
-    return match["name"], tuple(int(part) for part in parts)
+    name, *parts = text.strip().split(":")
+    sizes = [_sizes(part) for part in parts]
+    if not sizes or sizes[-1] is None:
+        raise _bad_shape(text, None)
+    axes = [None if shape is None else len(shape) for shape in sizes]
+    alike = 0
+    while alike < len(axes) and axes[-1 - alike] == axes[-1]:
+        alike += 1
+    count = 3 if alike >= 3 else 1
+    if alike == 2 and len(sizes[-1]) > 1:
+        raise _bad_shape(text, "a range has three shapes: the least, the usual and the largest")
+    name = ":".join([name, *parts[: len(parts) - count]])
+    shapes = [shape for shape in sizes[-count:] if shape is not None]
+    if not name:
+        raise _bad_shape(text, None)
+    if count == 1:
+        return name, shapes[0], None
+    least, usual, most = shapes
+    if not all(low <= size <= high for low, size, high in zip(least, usual, most, strict=True)):
+        raise _bad_shape(text, "on every axis the least size comes first, then the usual, then the largest")
+    return name, usual, ShapeRange(min=least, max=most)
+
+
+def _sizes(text: str) -> Shape | None:
+    """The sizes of `1x128`, None where it is no shape."""
+    return tuple(map(int, text.lower().split("x"))) if _SIZES.fullmatch(text) else None
+
+
+def _bad_shape(text: str, why: str | None) -> RecipeError:
+    return RecipeError(
+        f"{text!r} is not a shape",
+        where="--shape",
+        why=why,
+        remedy="give the input's name and its sizes, such as --shape input_ids:1x128, or three of them "
+        "for a range (MIN:OPT:MAX), such as --shape input_ids:1x16:1x128:8x512",
+    )
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

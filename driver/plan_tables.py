@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from ..compress.operands import COMPUTE_OPS
+from ..compress.operands import COMPUTE_OPS, RECURRENT_OPS
 from ..compress.plan import Decision, Plan
 from ..graph.passes import Refusal
 from .output import Block, Table, format_percent
@@ -18,7 +18,8 @@ def plan_blocks(plan: Plan, *, every_node: bool) -> list[Block]:
     remedies = _remedies(plan.decisions)
     if remedies:
         blocks.append(
-            "What could be done about nodes in float:\n" + "\n".join(f"  {line}" for line in remedies)
+            "What could be done about nodes in float:\n"
+            + "\n".join(f"  {remedy} ({count} nodes)" for remedy, count in remedies)
         )
     if plan.refusals:
         blocks.append(refusal_table(plan.refusals))
@@ -40,19 +41,43 @@ def _integer_share(plan: Plan) -> str:
     share = plan.integer_share()
     if share is None:
         return ""
-    working = [decision for decision in plan.decisions if decision.op in COMPUTE_OPS]
+    working = [decision for decision in plan.decisions if decision.op in COMPUTE_OPS | RECURRENT_OPS]
     counted = sum(decision.macs is not None for decision in working)
     partial = "" if counted == len(working) else f" of the {counted} nodes whose shapes are known"
     return f"; {format_percent(share)} of the multiply-accumulates{partial} in integers"
 
 
+def plan_summary(plan: Plan) -> dict[str, object]:
+    """What the tables say beyond the plan's own entries: nodes alike together, counted; for --json."""
+    return {
+        "forms": dict(sorted(Counter(item.form for item in plan.decisions).items())),
+        "integer_share_fraction": plan.integer_share(),
+        "nodes": [
+            {"nodes": count, "op": op, "form": form, "reason": reason}
+            for (op, form, reason), count in _alike(plan.decisions)
+        ],
+        "refusals": [
+            {"places": count, "rule": rule, "reason": reason}
+            for (rule, reason), count in _alike_refusals(plan.refusals)
+        ],
+        "remedies": [{"nodes": count, "remedy": remedy} for remedy, count in _remedies(plan.decisions)],
+    }
+
+
 def refusal_table(refusals: Iterable[Refusal]) -> Table:
     """Refusals with the same rule and reason together, the most frequent first."""
-    counts = Counter((item.rule, item.reason) for item in refusals)
-    rows = tuple((str(count), rule, reason) for (rule, reason), count in counts.most_common())
+    rows = tuple((str(count), rule, reason) for (rule, reason), count in _alike_refusals(refusals))
     return Table(
         title="Refused", columns=("places", "rule", "reason"), rows=rows, numeric=frozenset({"places"})
     )
+
+
+def _alike_refusals(refusals: Iterable[Refusal]) -> list[tuple[tuple[str, str], int]]:
+    return Counter((item.rule, item.reason) for item in refusals).most_common()
+
+
+def _alike(decisions: Iterable[Decision]) -> list[tuple[tuple[str, str, str], int]]:
+    return Counter((item.op, str(item.form), item.reason) for item in decisions).most_common()
 
 
 def _node_table(decisions: Iterable[Decision]) -> Table:
@@ -73,13 +98,11 @@ def _node_table(decisions: Iterable[Decision]) -> Table:
 
 
 def _grouped_table(decisions: Iterable[Decision]) -> Table:
-    counts = Counter((item.op, item.form, item.reason) for item in decisions)
-    rows = tuple((str(count), op, form, reason) for (op, form, reason), count in counts.most_common())
+    rows = tuple((str(count), op, form, reason) for (op, form, reason), count in _alike(decisions))
     return Table(
         title="Nodes", columns=("nodes", "op", "form", "reason"), rows=rows, numeric=frozenset({"nodes"})
     )
 
 
-def _remedies(decisions: Iterable[Decision]) -> list[str]:
-    counts = Counter(item.remedy for item in decisions if item.form == "float" and item.remedy)
-    return [f"{remedy} ({count} nodes)" for remedy, count in counts.most_common()]
+def _remedies(decisions: Iterable[Decision]) -> list[tuple[str, int]]:
+    return Counter(item.remedy for item in decisions if item.form == "float" and item.remedy).most_common()

@@ -6,7 +6,7 @@ from ..compress.recipe import to_toml
 from ..runtimes.timing import BenchmarkResult, Timing
 from .drift_tables import format_metric, measured_on
 from .output import Block, Table, format_bytes, format_ms, format_percent
-from .plan_tables import plan_blocks, plan_headline
+from .plan_tables import plan_blocks, plan_headline, plan_summary
 from .result import CompileResult
 from .timing_tables import format_ratio, measured_how
 
@@ -17,7 +17,13 @@ Row = tuple[str, str, str, str]
 def document_of(result: CompileResult) -> dict[str, object]:
     """The whole result for --json."""
     fields: dict[str, object] = {name: getattr(result, name) for name in result.__struct_fields__}
-    return {**fields, "word": speed_word(result)}
+    before, after = result.sizes.source_bytes, result.sizes.bundle_model_bytes
+    return {
+        **fields,
+        "word": speed_word(result),
+        "size_fraction": None if after is None or not before else after / before,
+        "plan_summary": plan_summary(result.plan),
+    }
 
 
 def speed_word(result: CompileResult) -> str | None:

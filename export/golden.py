@@ -94,6 +94,7 @@ def measure_golden(
     settings: SessionSettings,
     *,
     inputs: Sequence[Feeds] | None = None,
+    source: Literal["generated", "data"] | None = None,
     seed: int = 0,
     threads: int = 1,
     shapes: Mapping[str, Sequence[int]] | None = None,
@@ -104,7 +105,8 @@ def measure_golden(
         model: the graph that was written, for shapes, vocabulary sizes and its arithmetic.
         model_file: the file as it will be in the bundle.
         settings: the bundle's session options.
-        inputs: the user's own samples; None generates them from `seed`.
+        inputs: the user's own samples, or such as were made already; None generates them from `seed`.
+        source: where `inputs` come from; the user's data by default.
         seed: for generated inputs; recorded.
         threads: threads of the recorded run.
         shapes: sizes for dynamic axes of generated inputs.
@@ -123,7 +125,7 @@ def measure_golden(
     del reference
     variants = [(outputs, repeats), *_other_lowerings(model, model_file, settings, threads, pairs)]
     record = GoldenRecord(
-        source="generated" if inputs is None else "data",
+        source=source or ("generated" if inputs is None else "data"),
         seed=seed,
         threads=threads,
         samples=tuple(

@@ -141,6 +141,14 @@ class DataRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     samples: int
 
 
+class InputShapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shapes that an input was compiled for: the least, the usual (timed) and the largest one."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
 class PrecisionSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was asked for, what was done, and how many operators run in which type."""
 
@@ -187,7 +195,8 @@ class GoldenRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that a reader of a bundle has to know, without opening the model.
 
-    `evidence` is the grade of the weakest choice in the plan. `assets` are the tokenizer and
+    `evidence` is the grade of the weakest choice in the plan. `shapes` holds the inputs that a range
+    was asked for, or that follow one. `assets` are the tokenizer and
     preprocessor files below `assets/`. `stamps` mark every figure of the bundle ("data-free").
     """
 
@@ -198,6 +207,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     task: Task
     target: TargetRecord
     data: tuple[DataRecord, ...] = ()
+    shapes: dict[str, InputShapes] = {}
     evidence: Evidence
     precision: PrecisionSummary
     session_options: SessionSettings

@@ -45,6 +45,28 @@ def candidate_inputs(
         yield _samples(model, seed, range(count), sizes=(lengths, spatial), shapes=shapes or {})
 
 
+def inputs_of_shapes(
+    model: Model, shapes: Sequence[Mapping[str, Sequence[int]]], *, seed: int
+) -> tuple[Feeds, ...]:
+    """One generated sample for each entry of `shapes`, which gives every input its whole shape.
+
+    Raises:
+        ModelError: if an input is no tensor of numbers or text.
+    """
+    bounds = index_bounds(model)
+    return tuple(
+        {
+            spec.name: _values(spec, tuple(entry[spec.name]), bounds.get(spec.name), _rng(spec, seed, index))
+            for spec in model.inputs
+        }
+        for index, entry in enumerate(shapes)
+    )
+
+
+def _rng(spec: TensorSpec, seed: int, index: int) -> np.random.Generator:
+    return np.random.default_rng([seed, index, zlib.crc32(spec.name.encode())])
+
+
 def probe_inputs(
     model: Model, *, seed: int, shapes: Mapping[str, Sequence[int]] | None = None
 ) -> tuple[Feeds, ...]:
@@ -71,8 +93,7 @@ def _samples(
         feeds = {}
         for spec in model.inputs:
             shape = _shape(spec, index, sizes, shapes.get(spec.name))
-            rng = np.random.default_rng([seed, index, zlib.crc32(spec.name.encode())])
-            feeds[spec.name] = _values(spec, shape, bounds.get(spec.name), rng)
+            feeds[spec.name] = _values(spec, shape, bounds.get(spec.name), _rng(spec, seed, index))
         samples.append(feeds)
     return tuple(samples)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import io
 import pickle
 import re
@@ -17,10 +16,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..graph.errors import ModelError, NotSupported, OutputError, RuntimeUnavailable
-from ..graph.load import file_digest, load_model
+from ..graph.errors import ModelError, NotSupported, RuntimeUnavailable
+from ..graph.load import file_digest
 from ..graph.model import Model, Origin
 from .archive import unsafe_archive, write_checked_copy
+from .export_cache import cached_export
 from .export_check import Arrays
 from .imports import USER_FAILURES, import_module
 from .quiet import to_log
@@ -52,10 +52,24 @@ class _Program:
         return _named(self.run(*ordered[: self.positional], **by_name))
 
 
-def load_archive(file: Path, *, trust_code: bool, opset: int) -> tuple[Model, str]:
+def load_archive(
+    file: Path,
+    *,
+    trust_code: bool,
+    opset: int,
+    cache_folder: Path | None = None,
+    starting: Callable[[], None] = lambda: None,
+) -> tuple[Model, str]:
     """The FP32 baseline of a .pt2 file and a note on how it was made.
 
     Without `trust_code` nothing in the file is unpickled or evaluated (see `archive`).
+
+    Args:
+        file: the archive.
+        trust_code: run code that is in it.
+        opset: the operator set, one of `torch_export.OPSETS`.
+        cache_folder: where exports are kept, by the file's digest; None keeps nothing.
+        starting: called before something is exported.
 
     Raises:
         ModelError: if the file is damaged, or its program cannot be exported or computes something else.
@@ -63,17 +77,25 @@ def load_archive(file: Path, *, trust_code: bool, opset: int) -> tuple[Model, st
         RuntimeUnavailable: if torch is missing.
         OutputError: if there is no room for the export.
     """
-    origin = Origin(kind="torch", name=file.name, files={file.name: file_digest(file)}, exporter=_versions())
+    files = {file.name: file_digest(file)}
+    origin = Origin(kind="torch", name=file.name, files=files, exporter=_versions())
 
     def read(folder: Path) -> _Program:
         exported, (args, kwargs) = _read_archive(file, folder, trust_code=trust_code)
         return _program(exported, exported.module(), args, kwargs, file.name)
 
-    return _to_model(read, origin, opset, file.parent)
+    # What is refused without --trust-code must not come from the cache without it, either.
+    sources = files | {"--trust-code": str(trust_code)}
+    return _to_model(
+        read, origin, opset, folder=file.parent, sources=sources, cache_folder=cache_folder, starting=starting
+    )
 
 
 def load_factory(reference: str, *, opset: int) -> tuple[Model, str]:
     """The FP32 baseline of the module that a user's function makes, and a note on how it was made.
+
+    Exported anew each time: what a function gives depends on more than its file, so nothing could say
+    that an export is still of what it would give now.
 
     The function gives `(module, example)` or `(module, example, dynamic_shapes)`: example inputs as
     a tuple or a dict of tensors, and dynamic shapes as `torch.export.export` takes them; without
@@ -93,35 +115,41 @@ def load_factory(reference: str, *, opset: int) -> tuple[Model, str]:
     source = getattr(imported, "__file__", None)
     files = {Path(source).name: file_digest(Path(source))} if source else {}
     origin = Origin(kind="torch", name=reference, files=files, exporter=_versions())
-    return _to_model(lambda _: _from_made(made, reference), origin, opset, None)
+    return _to_model(lambda _: _from_made(made, reference), origin, opset)
 
 
 def _to_model(
-    read: Callable[[Path], _Program], origin: Origin, opset: int, folder: Path | None
+    read: Callable[[Path], _Program],
+    origin: Origin,
+    opset: int,
+    *,
+    folder: Path | None = None,
+    sources: Mapping[str, str] | None = None,
+    cache_folder: Path | None = None,
+    starting: Callable[[], None] = lambda: None,
 ) -> tuple[Model, str]:
-    """Export into a temporary folder, which is unlinked once the weights are mapped."""
+    """The export, from the cache where `sources` say what it is of; `folder` may hold a list of classes."""
     torch = _require_torch()
     require_opset(opset)
-    try:
-        with tempfile.TemporaryDirectory(prefix="edgepress-export-", ignore_cleanup_errors=True) as made:
-            path = Path(made, "model.onnx")
-            with to_log(), torch.no_grad():
-                relative_error = _export(read(Path(made)), path, opset, origin.name)
-            gc.collect()
-            model = Model(load_model(path).ir, origin=origin)
-            refuse_cache(model)
-            model.task = guess_task(model, folder or Path(made))
-    except OSError as error:
-        raise OutputError(
-            "the exported model cannot be stored",
-            where=tempfile.gettempdir(),
-            why=error.strerror or str(error),
-            remedy="free some space, or set TMPDIR to a folder with room for the float weights",
-        ) from error
-    return (
-        model,
-        f"torch.export (dynamo), opset {opset}, {origin.exporter}; within {relative_error:.1e} of torch",
+
+    def export(path: Path) -> tuple[str, float]:
+        with to_log(), torch.no_grad():
+            return "", _export(read(path.parent), path, opset, origin.name)
+
+    loaded, note = cached_export(
+        export,
+        None if sources is None else cache_folder,
+        sources=sources or {},
+        opset=opset,
+        packages=_VERSIONED,
+        starting=starting,
     )
+    model = Model(loaded.ir, origin=origin)
+    refuse_cache(model)
+    with tempfile.TemporaryDirectory(prefix="edgepress-empty-") as empty:
+        model.task = guess_task(model, folder or Path(empty))
+    how = f"torch.export (dynamo), opset {opset}, {origin.exporter}"
+    return model, f"{how}; within {note.relative_error:.1e} of torch"
 
 
 def _require_torch() -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LOG = logging.getLogger("edgepress.frontends")
-_NOISY = ("torch", "transformers", "onnxscript", "onnx_ir", "huggingface_hub", "httpx")
+_NOISY = ("torch", "transformers", "onnxscript", "onnx_ir", "huggingface_hub", "httpx", "datasets")
 
 
 class _ToLog(logging.Handler):

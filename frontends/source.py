@@ -85,7 +85,9 @@ def load_source(
     pt2 = path.is_file() and path.suffix.lower() == ".pt2"
     onnx_file = None if pt2 else _onnx_file(path)
     if pt2:
-        model, note = _from_archive(path, trust_code=trust_code, opset=opset, progress=progress)
+        model, note = _from_archive(
+            path, trust_code=trust_code, opset=opset, cache_folder=cache_folder, progress=progress
+        )
         folder = path.parent
     elif onnx_file is not None:
         model, note = _from_onnx(onnx_file)
@@ -168,13 +170,23 @@ def _from_onnx(file: Path) -> tuple[Model, str]:
 
 
 def _from_archive(
-    file: Path, *, trust_code: bool, opset: int | None, progress: Progress | None
+    file: Path,
+    *,
+    trust_code: bool,
+    opset: int | None,
+    cache_folder: Path | None,
+    progress: Progress | None,
 ) -> tuple[Model, str]:
     from .program import load_archive
 
-    if progress:
-        progress("exporting with torch and comparing the result")
-    return load_archive(file, trust_code=trust_code, opset=opset or DEFAULT_OPSET)
+    tell = progress or (lambda _: None)
+    return load_archive(
+        file,
+        trust_code=trust_code,
+        opset=opset or DEFAULT_OPSET,
+        cache_folder=cache_folder,
+        starting=lambda: tell("exporting with torch and comparing the result"),
+    )
 
 
 def _from_factory(reference: str, *, opset: int | None, progress: Progress | None) -> tuple[Model, str]:

@@ -149,7 +149,8 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes:
         name: its key in the profile, for overrides and messages.
-        op: the ONNX operator that is quantized ("MatMul"), whatever the runtime calls the result.
+        op: the ONNX operator that is quantized ("MatMul"), whatever the runtime calls the result; a
+            variant of it, where they differ, stands behind a colon ("Resize:linear").
         form: float; dynamic (activations quantized while running); static (Q/DQ with calibrated
             ranges); weight-only (weights stored small, arithmetic as `reason` says).
         weight: None where the operator has no weight.

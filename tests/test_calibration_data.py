@@ -123,6 +123,19 @@ def test_rounded_float64_is_said(tmp_path):
     assert any("rounded" in note for note in open_data(str(tmp_path / "x.npy"), VECTOR).notes)
 
 
+def test_float16_inputs_take_wider_floats_with_a_note_and_nothing_else(tmp_path):
+    spec = (TensorSpec(name="x", dtype="float16", shape=("N", 3)),)
+    np.save(tmp_path / "x.npy", np.full((2, 3), 0.1, np.float32))
+    data = open_data(str(tmp_path / "x.npy"), spec)
+    assert rows_of(data).dtype == np.float16
+    np.testing.assert_array_equal(rows_of(data), np.full((2, 3), np.float16(0.1)))
+    assert any("rounded to the input's narrower type" in note for note in data.notes)
+    for values in (np.full((2, 3), 1e6, np.float32), np.ones((2, 3), np.uint8), np.ones((2, 3), np.int64)):
+        np.save(tmp_path / "x.npy", values)
+        with pytest.raises(DataError, match="'x'"):
+            open_data(str(tmp_path / "x.npy"), spec)
+
+
 def test_channels_last_bytes_are_refused_with_the_calls_to_make(tmp_path):
     np.savez(tmp_path / "d.npz", images=np.zeros((6, 4, 5, 3), np.uint8))
     with pytest.raises(DataError) as caught:

@@ -306,6 +306,73 @@ def test_default_metric(task, labels, metric):
     assert default_metric(task, labels) == metric
 
 
+def outputs_of(*shapes):
+    return [TensorSpec(name=f"o{i}", dtype="float32", shape=shape) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "metric"),
+    [
+        ([("N", 1)], "l2"),
+        ([("N",)], "l2"),
+        ([("N", 1, 1), ("N", 1)], "l2"),
+        ([("N", 2)], "flips"),
+        ([("N", 1), ("N", 5)], "flips"),
+        ([("N", "T")], "flips"),
+        ([None], "flips"),
+        ([], "flips"),
+    ],
+)
+def test_models_that_answer_one_value_are_limited_by_l2(shapes, metric):
+    assert default_metric(CLASSES, False, outputs_of(*shapes)) == metric
+    if metric == "l2":
+        assert default_metric(MEAN, False, outputs_of(*shapes)) == "l2"
+
+
+@pytest.mark.parametrize("task", [CLASSES, Task()])
+def test_one_value_has_no_class_and_no_neighbour(vectors, task):
+    report = measure_drift(
+        vector_runner(lambda x: x[:, :1] + 2), vector_runner(lambda x: x[:, :1] + 2.5), vectors, task
+    )
+    x = np.concatenate([sample["x"] for sample in vectors])[:, 0] + 2
+    assert report.l2 == pytest.approx(0.5 * math.sqrt(30) / np.linalg.norm(x), rel=1e-5)
+    assert (report.flips, report.kl, report.top1, report.task_metrics) == (None, None, None, ())
+
+
+def spans(noise):
+    """Start and end scores of a span; what padding scores is garbage that must not count."""
+
+    def answer(feeds):
+        scores = np.sin(feeds["input_ids"] * 0.7).astype("f4")
+        found = {}
+        for name, shift in (("start_logits", 0.0), ("end_logits", 1.0)):
+            found[name] = scores + np.float32(shift + noise)
+            found[name][feeds["attention_mask"] == 0] = -1e4 * (1 + noise)
+        return found
+
+    return case.FakeRunner(case.TEXT, answer)
+
+
+def test_padded_positions_of_a_question_answerer_do_not_count(sentences):
+    single = measure_drift(spans(0), spans(0.01), sentences, Task())
+    padded = measure_drift(spans(0), spans(0.01), sentences, Task(), batch_size=6)
+    assert padded.max_abs == pytest.approx(0.01, rel=1e-3)
+    for name in ("cosine", "l2", "max_abs"):
+        assert getattr(padded, name) == pytest.approx(getattr(single, name), rel=1e-4)
+
+
+def test_an_output_as_wide_as_the_text_is_long_is_kept_whole(tmp_path):
+    """Only the scores of a span are known to be of tokens: an embedding may be as wide by chance."""
+    mask = np.array([[1, 1, 0]], np.int64)
+    np.savez(tmp_path / "d.npz", input_ids=mask, attention_mask=mask)
+    data = open_data(str(tmp_path / "d.npz"), case.TEXT)
+
+    def runner(last):
+        return case.FakeRunner(case.TEXT, lambda _: {"embedding": np.array([[1.0, 2.0, last]], "f4")})
+
+    assert measure_drift(runner(3), runner(4), data, Task()).max_abs == 1
+
+
 def test_progress_counts_both_models(vectors):
     steps = []
     measure_drift(

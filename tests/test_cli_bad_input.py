@@ -5,6 +5,7 @@ into it. All of them go through `main` in this process; what needs a process of 
 an interrupt) follows at the end.
 """
 
+import json
 import os
 import resource
 import shutil
@@ -417,6 +418,164 @@ def no_output_named(folder):
     return Case(["compile", model_file(folder), "--target", "host", "--data-free"], 2, "-o")
 
 
+# --- ranges of shapes, presets, calibration caches, Hugging Face datasets -------------------------
+
+
+@kind
+def range_of_two_shapes(folder):
+    return Case(compiling(folder, "--shape", "x:1x64:8x64"), 2, "MIN:OPT:MAX")
+
+
+@kind
+def range_in_the_wrong_order(folder):
+    return Case(compiling(folder, "--shape", "x:1x64:8x64:4x64"), 2, "the least size comes first")
+
+
+@kind
+def range_over_an_axis_that_the_model_fixes(folder):
+    return Case(compiling(folder, "--shape", "x:1x32:1x64:4x64"), 2, "1x32")
+
+
+@kind
+def range_that_two_inputs_contradict(folder):
+    argv = compiling(folder, "--shape", "x:1x4:1x8:2x16", "--shape", "m:1x4:1x8:2x32", model=lengths(folder))
+    return Case(argv, 2, "'T' has two sizes")
+
+
+@kind
+def data_outside_the_range(folder):
+    data = calib_file(folder, x=np.ones((4, 9), np.float32), m=np.ones((4, 9), np.float32))
+    argv = compiling(folder, "--shape", "x:1x2:1x4:4x8", model=lengths(folder), calib=data)
+    return Case(argv, 2, "1x9")
+
+
+@kind
+def range_beyond_what_the_model_runs_at(folder):
+    data = calib_file(folder, x=samples(4)[:, :8], m=samples(4)[:, 8:16])
+    argv = compiling(folder, "--shape", "x:1x8:1x8:1x12", model=lengths(folder, most=8), calib=data)
+    return Case(argv, 2, "largest shapes")
+
+
+def lengths(folder, most=None):
+    """x[N,T] + m[N,T] → y; with `most`, a constant that only lets T = most through."""
+    nodes = [helper.make_node("Add", ["x", "m"], ["s"]), helper.make_node("Relu", ["s"], ["y"])]
+    weights = {}
+    if most is not None:
+        nodes[1] = helper.make_node("Mul", ["s", "w"], ["y"])
+        weights = {"w": np.ones((1, most), np.float32)}
+    model = make_model(nodes=nodes, weights=weights or {"w": np.ones(1, np.float32)})
+    del model.graph.input[:], model.graph.output[:]
+    for name, place in (("x", model.graph.input), ("m", model.graph.input), ("y", model.graph.output)):
+        place.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", "T"]))
+    return model_file(folder, model)
+
+
+@kind
+def unknown_preset(folder):
+    return Case(compiling(folder, "--preset", "quik"), 2, "quick")
+
+
+@kind
+def rounds_of_nothing(folder):
+    return Case(compiling(folder, "--rounds", "0"), 2, "from 1 upwards")
+
+
+@kind
+def calibration_cache_that_is_none(folder):
+    (folder / "ranges.json").write_text("[1, 2]")
+    return Case(compiling(folder, "--calib-cache", folder / "ranges.json"), 2, "no calibration cache")
+
+
+@kind
+def calibration_cache_of_the_future(folder):
+    (folder / "ranges.json").write_text('{"schema_version": 99}')
+    return Case(compiling(folder, "--calib-cache", folder / "ranges.json"), 2, "schema version 99")
+
+
+@kind
+def calibration_cache_in_no_folder(folder):
+    return Case(compiling(folder, "--calib-cache", folder / "no" / "ranges.json"), 2, "folder")
+
+
+@kind
+def neither_a_calibration_cache_nor_data(folder):
+    argv = ["compile", model_file(folder), "--target", "host", "-o", folder / "out"]
+    return Case([*argv, "--calib-cache", folder / "ranges.json"], 2, "neither")
+
+
+def cached(folder, **changes):
+    """A calibration cache of the sound compile with some of its entries changed."""
+    argv = compiling(folder, "--calib-cache", folder / "ranges.json", "-q", target="raspberry-pi-4")
+    assert main([str(word) for word in [*argv, "--quantization", "static", "--max-drift", "100%"]]) == 0
+    shutil.rmtree(folder / "out")
+    known = json.loads((folder / "ranges.json").read_text())
+    (folder / "ranges.json").write_text(json.dumps(known | changes))
+    extra = ("--calib-cache", folder / "ranges.json", "--quantization", "static")
+    return compiling(folder, *extra, target="raspberry-pi-4")
+
+
+@kind
+def calibration_cache_of_another_model(folder):
+    return Case(cached(folder, model_sha256="0" * 64), 2, "another model")
+
+
+@kind
+def calibration_cache_of_other_data(folder):
+    argv = cached(folder)
+    calib_file(folder, x=samples(39))
+    return Case(argv, 2, "other data")
+
+
+@kind
+def calibration_cache_of_another_method(folder):
+    return Case([*cached(folder), "--calib-method", "minmax"], 2, "--calib-method auto, not minmax")
+
+
+@kind
+def calibration_cache_of_another_runtime(folder):
+    return Case(cached(folder, versions={"onnxruntime": "1.2.3"}), 2, "onnxruntime 1.2.3")
+
+
+@kind
+def calibration_cache_without_a_tensor(folder):
+    return Case(cached(folder, ranges={"x": {"min": -1.0, "max": 1.0}}), 2, "nothing about")
+
+
+@kind
+def calibration_cache_with_a_range_that_is_none(folder):
+    return Case(cached(folder, ranges={"x": {"min": 2.0, "max": 1.0}}), 2, "no range")
+
+
+@kind
+def dataset_name_that_is_none(folder):
+    return Case(compiling(folder, calib="hf:a:b:c:d"), 2, "hf:NAME")
+
+
+@kind
+def dataset_role_that_is_none(folder):
+    return Case(compiling(folder, calib="hf:owner/name,texts=body"), 2, "'texts=body'")
+
+
+@kind
+def dataset_without_network(folder):
+    pytest.importorskip("datasets")
+    return Case(compiling(folder, calib="hf:edgepress-tests/not-there"), 4, "hf download")
+
+
+@kind
+def dataset_folder_that_is_not_there(folder):
+    pytest.importorskip("datasets")
+    return Case(compiling(folder, calib=f"hf:{folder}/not-there"), 2, "no such dataset")
+
+
+@kind
+def dataset_split_that_is_not_there(folder):
+    pytest.importorskip("datasets")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "train.jsonl").write_text('{"text": "a"}\n')
+    return Case(compiling(folder, calib=f"hf:{folder}/texts:tset"), 2, "'train'")
+
+
 # --- other commands ----------------------------------------------------------------------------
 
 
@@ -477,6 +636,7 @@ def test_bad_input(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     case = KINDS[name](tmp_path)
     before = tree(tmp_path)
+    capsys.readouterr()  # what making the case has printed
     code = main([str(word) for word in case.argv])
     printed = capsys.readouterr()
     assert code == case.code, printed.err

@@ -381,5 +381,5 @@ def test_stdout_carries_only_json_even_with_verbose(home):
         [sys.executable, "-m", "edgepress", "inspect", "model.onnx", "--target", "host", "--json", "-v"],
         cwd=home, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert set(json.loads(done.stdout)) == {"model", "plan"}
+    assert set(json.loads(done.stdout)) == {"model", "plan", "plan_summary"}
     assert done.stderr

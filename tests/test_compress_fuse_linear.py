@@ -273,15 +273,16 @@ def test_the_fusions_of_a_target():
     )
     assert _rules(fusion_passes(linear, profile, {})) == [
         "conv-batch-norm", "conv-bias", "layer-norm", "rms-norm", "gelu", "nan-guard", "flat-linear",
-        "global-pool",
-        "empty-pad", "linear-scale", "gemm-to-matmul",
+        "global-pool", "empty-pad", "linear-scale", "joint-shift", "instance-norm", "weight-norm",
+        "hard-activation", "zero-mask", "score-scale", "shared-bias", "gemm-to-matmul", "rotary",
     ]  # fmt: skip
     assert "gemm-to-matmul" not in _rules(fusion_passes(convolution, profile, {}))
     assert "packed-qkv" in _rules(fusion_passes(linear, profile, {"packed-qkv": True}))
     off = dict.fromkeys(("gelu", "gemm-to-matmul", "layer-norm"), False)
     assert _rules(fusion_passes(linear, profile, off)) == [
         "conv-batch-norm", "conv-bias", "rms-norm", "nan-guard", "flat-linear", "global-pool",
-        "empty-pad", "linear-scale",
+        "empty-pad", "linear-scale", "joint-shift", "instance-norm", "weight-norm", "hard-activation",
+        "zero-mask", "score-scale", "shared-bias", "rotary",
     ]  # fmt: skip
     packed = RuntimeOp(
         op="PackedQKV", domain="edgepress", replaces="3 MatMul", grade="faster", source="timed"

@@ -1,9 +1,16 @@
 """LayerNormFromParts: the ways of writing the quotient, and what only looks like it."""
 
+import re
+
 import compress_case as case
 import numpy as np
 import pytest
-from edgepress.compress.fuse.normalization import LayerNormFromParts, RmsNormAsQuotient
+from edgepress.compress.fuse.normalization import (
+    FoldWeightNorm,
+    InstanceNormAffine,
+    LayerNormFromParts,
+    RmsNormAsQuotient,
+)
 
 NUMBERS = {
     "eps": np.float32(1e-5),
@@ -234,3 +241,72 @@ def test_root_mean_square_norms_that_stay(tail, reason):
 )
 def test_what_is_no_root_mean_square_norm(body):
     case.assert_refused(rms("r = Reciprocal(s) n = Mul(x, r) y = Mul(n, gain)", body), RmsNormAsQuotient())
+
+
+INSTANCE = {
+    "ones": np.ones(4, np.float32), "zeros": np.zeros(4, np.float32), "gamma": case.random(1, 4),
+    "beta": case.random(2, 4), "gains": case.random(3, 4, 1), "shifts": case.random(4, 4, 1),
+    "number": np.float32(0.5), "lines": case.random(5, 4, 6), "batchwise": case.random(6, 1, 4, 1),
+    "huge": np.full((4, 1), 3e38, np.float32), "flat": case.random(7, 6),
+}  # fmt: skip
+IMAGES = [{"x": case.random(seed, batch, 4, 6)} for seed, batch in enumerate((1, 2, 3))]
+
+
+def instance(body, result="float[N,4,6] y"):
+    words = re.findall(r"\w+", body)
+    used = {name: array for name, array in INSTANCE.items() if name in words}
+    return case.parse(f"(float[N,4,6] x) => ({result}) {{ {body} }}", used)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "i = InstanceNormalization(x, ones, zeros) m = Mul(i, gains) y = Add(m, shifts)",
+        "i = InstanceNormalization <epsilon = 0.1> (x, gamma, beta) m = Mul(gains, i) y = Add(shifts, m)",
+        "i = InstanceNormalization(x, gamma, beta) y = Mul(i, batchwise)",
+        "i = InstanceNormalization(x, gamma, beta) a = Add(i, shifts) y = Mul(a, number)",
+    ],
+)
+def test_gain_and_shift_go_into_an_instance_norm(body):
+    changed = case.assert_rewritten(instance(body), InstanceNormAffine(), IMAGES)
+    assert case.operators(changed) == {"InstanceNormalization": 1}
+
+
+def test_instance_norms_that_stay():
+    body = "i = InstanceNormalization(x, ones, zeros) m = Mul(i, gains) z = Relu(i) y = Add(m, z)"
+    case.assert_refused(instance(body), InstanceNormAffine())
+    for reader in ("y = Mul(i, lines)", "y = Mul(i, flat)", "y = Mul(i, x)", "y = Relu(i)"):
+        case.assert_refused(
+            instance(f"i = InstanceNormalization(x, ones, zeros) {reader}"), InstanceNormAffine()
+        )
+    body = "i = InstanceNormalization(x, gamma, beta) m = Mul(i, huge) y = Mul(m, huge)"
+    case.assert_refused(instance(body), InstanceNormAffine(), "the joint gain or shift is not finite")
+
+
+def weight_norm(body, **weights):
+    known = {"v": case.random(1, 6, 4, 3), "g": np.abs(case.random(2, 1, 1, 3)), "axes": np.array([0, 1]),
+             **weights}  # fmt: skip
+    words = re.findall(r"\w+", body)
+    used = {name: array for name, array in known.items() if name in words}
+    return case.parse(f"(float[N,4,L] x) => (float[N,6,M] y) {{ {body} y = Conv(x, w) }}", used)
+
+
+WAVES = [{"x": case.random(seed, batch, 4, size)} for seed, (batch, size) in enumerate([(1, 5), (2, 3)])]
+LENGTH = "n = ReduceL2(v, axes) d = Div(g, n)"
+
+
+@pytest.mark.parametrize("product", ["w = Mul(v, d)", "w = Mul(d, v)"])
+def test_a_normalized_weight_is_computed_ahead(product):
+    changed = case.assert_rewritten(weight_norm(f"{LENGTH} {product}"), FoldWeightNorm(), WAVES)
+    assert case.operators(changed) == {"Conv": 1}
+    assert set(changed.graph.initializers) == {"v_1"}
+
+
+def test_normalized_weights_that_stay():
+    body = f"{LENGTH} w = Mul(v, d)"
+    zero = weight_norm(body, v=np.zeros((6, 4, 3), np.float32))
+    case.assert_refused(zero, FoldWeightNorm(), "the weight is not finite, or a vector has length 0")
+    text = f"(float[N,4,L] x, float[6,4,3] v) => (float[N,6,M] y) {{ {body} y = Conv(x, w) }}"
+    fed = case.parse(text, {"g": np.ones((1, 1, 3), np.float32), "axes": np.array([0, 1])})
+    case.assert_refused(fed, FoldWeightNorm(), "the weight is not constant")
+    case.assert_refused(weight_norm(f"{LENGTH} w = Mul(v, g) z = Relu(d)"), FoldWeightNorm())

@@ -1,16 +1,16 @@
-"""FoldScale and EmptyPad: factors behind linear layers, and padding by nothing."""
+"""FoldScale, FoldShift and EmptyPad: factors and sums behind linear layers, padding by nothing."""
 
 import compress_case as case
 import numpy as np
 import pytest
 from edgepress.compress.fuse.padding import EmptyPad
-from edgepress.compress.fuse.scaling import FoldScale
+from edgepress.compress.fuse.scaling import FoldScale, FoldShift
 
 FEEDS = [{"x": case.random(1, 2, 3, 4)}, {"x": case.random(2, 1, 7, 4)}]
 WEIGHTS = {
     "w": case.random(3, 4, 6), "b": case.random(4, 6), "s": case.random(5, 6), "half": np.float32(0.5),
     "one": case.random(6, 1), "column": case.random(7, 3, 1), "whole": np.int64(2),
-    "huge": np.float32(3e38),
+    "huge": np.float32(3e38), "zero": np.float32(0), "far": case.random(8, 6), "shift": case.random(9, 1),
 }  # fmt: skip
 
 
@@ -30,6 +30,8 @@ def linear(body, result="float[B,S,6] y", shape="float[B,S,4] x", **weights):
         "m = MatMul(x, w) a = Add(m, one) y = Mul(a, s)",
         "m = MatMul(x, w) y = Mul(m, s)",
         "m = MatMul(x, w) y = Mul(one, m)",
+        "m = MatMul(x, w) a = Add(m, b) y = Div(a, s)",
+        "m = MatMul(x, w) y = Div(m, half)",
     ],
 )
 def test_a_factor_folds_into_weight_and_bias(body):
@@ -54,6 +56,7 @@ USED = "the unscaled result is also used elsewhere"
         ("m = MatMul(x, w) n = MatMul(x, w) c = Mul(m, s) y = Add(c, n)",
          "its weight is also used elsewhere (tied weights)"),
         ("m = MatMul(x, w) y = Mul(m, huge)", "the scaled weight is not finite"),
+        ("m = MatMul(x, w) y = Div(m, zero)", "the scaled weight is not finite"),
         ("m = MatMul(x, w) a = Add(m, column) y = Mul(a, s)",
          "factor or bias is not one number, or one per output"),
     ],
@@ -70,7 +73,7 @@ def test_refusals(body, reason):
     [
         "m = MatMul(x, w) r = Relu(m) y = Mul(r, s)",
         "m = MatMul(x, w) y = Mul(m, m)",
-        "m = MatMul(x, w) y = Div(m, s)",
+        "m = MatMul(x, w) y = Div(s, m)",
         "m = MatMul(x, w) y = Mul(m, column)",
     ],
 )
@@ -78,6 +81,24 @@ def test_what_is_no_scaled_linear_layer(body):
     rows = 3 if "column" in body else "S"
     shape, result = f"float[B,{rows},4] x", f"float[B,{rows},6] y"
     case.assert_refused(linear(body, result, shape), FoldScale())
+
+
+@pytest.mark.parametrize("sums", ["a = Add(m, b) y = Add(a, far)", "a = Add(b, m) y = Add(far, a)"])
+def test_two_shifts_become_one(sums):
+    changed = case.assert_rewritten(linear(f"m = MatMul(x, w) {sums}"), FoldShift(), FEEDS)
+    assert case.operators(changed) == {"MatMul": 1, "Add": 1}
+
+
+def test_shifts_that_stay():
+    result = "float[B,S,6] y, float[B,S,6] z"
+    body = "m = MatMul(x, w) a = Add(m, b) y = Add(a, far) z = Relu(a)"
+    case.assert_refused(linear(body, result), FoldShift(), "the first sum is also used elsewhere")
+    for body in (
+        "m = MatMul(x, w) a = Add(m, b) y = Add(a, shift)",
+        "m = MatMul(x, w) a = Mul(m, b) y = Add(a, far)",
+        "m = MatMul(x, w) y = Add(m, b)",
+    ):
+        case.assert_refused(linear(body), FoldShift())
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])

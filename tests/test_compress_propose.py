@@ -13,8 +13,8 @@ from edgepress.targets.registry import load_target
 W = {"w": case.random(0, 64, 64), "v": case.random(1, 64, 64)}
 ENCODER = "(float[N,S,64] x) => (float[N,S,64] y) { [m1] a = MatMul(x, w) g = Gelu(a) [m2] y = MatMul(g, v) }"
 ATTENTION = (
-    "both operands are computed (attention): quantizing both while running "
-    "costs more than the integer product saves"
+    "both operands are computed (attention): with the quantizing of both, integer products take 1.3 to 1.8 "
+    "times as long as float ones"
 )
 
 
@@ -98,6 +98,9 @@ def test_one_patch_convolution_leaves_gemm_to_become_a_dynamic_product():
         assert ("gemm-to-matmul" in names) is rule
 
 
+SLOW = "onnxruntime's integer kernel is slower than float"
+BEYOND = f"its windows reach beyond the image (ceil_mode): {SLOW}"
+UNCOUNTED = f"its padding does not count, so that it is no convolution: {SLOW}"
 POOL = """(float[1,4,8,8] x) => (float[1,16,A,B] y) {{ [c] a = Conv(x, k) [p] b = AveragePool <{}> (a)
     [d] y = Conv(b, v) }}"""
 
@@ -106,14 +109,18 @@ POOL = """(float[1,4,8,8] x) => (float[1,16,A,B] y) {{ [c] a = Conv(x, k) [p] b 
     ("attributes", "reason"),
     [
         ("kernel_shape = [3, 3], strides = [2, 2]", None),
-        ("kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1", None),
+        ("kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1", None),
         ("kernel_shape = [3, 3], pads = [1, 1, 1, 1], count_include_pad = 1", None),
-        ("kernel_shape = [2, 2], dilations = [2, 2]", "onnxruntime's integer kernel knows no dilations"),
+        ('kernel_shape = [3, 3], auto_pad = "VALID"', None),
+        ("kernel_shape = [2, 2], dilations = [2, 2]", None),
+        ("kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1", BEYOND),
+        ("kernel_shape = [3, 3], pads = [1, 1, 1, 1]", UNCOUNTED),
+        ('kernel_shape = [3, 3], auto_pad = "SAME_UPPER"', UNCOUNTED),
         ("kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], ceil_mode = 1, count_include_pad = 1",
-         "onnxruntime's integer kernel averages wrongly under ceil_mode with count_include_pad"),
+         BEYOND),
     ],
 )  # fmt: skip
-def test_pooling_that_the_integer_kernel_gets_wrong_stays_float(attributes, reason):
+def test_pooling_is_a_convolution_with_equal_weights_or_stays_float(attributes, reason):
     weights = {"k": MIXED_W["k"], "v": case.random(2, 16, 8, 1, 1)}
     model = case.parse(POOL.format(attributes), weights)
     plan = case.plan_of(model)
@@ -154,9 +161,9 @@ def test_dynamic_and_weight_only_leave_convolutions_with_a_remedy():
     assert reason.startswith("onnxruntime has no convolution with small weights")
     text = "(float[N,4,8,8] x) => (float[N,8,10,10] y) { [m] y = ConvTranspose(x, k) }"
     weights = {"k": case.random(0, 4, 8, 3, 3)}
-    for asked in ("dynamic", "static", "weight-only"):
+    for asked in ("dynamic", "weight-only"):
         found = one(text, weights, quantization=asked)
-        assert found == ("float", f"{case.X86} has no {asked} kernel for ConvTranspose", None)
+        assert found == ("float", f"{case.X86} has no {asked} kernel for ConvTranspose", remedy)
 
 
 def test_weight_only():
@@ -230,10 +237,6 @@ def test_odd_operands_stay_float_for_the_right_reason(text, weights, reason, rem
     [
         (("(float[64] x) => (float[64] y) { [m] y = "
 "MatMul(x, w) }"), "its input has fewer than two axes or an unknown rank"),
-        ("(float[N,64] x) => (float[N,64] y) { [m] y = Gemm <alpha = 0.5> (x, w) }", "alpha is not 1"),
-        ("(float[N,64] x) => (float[N,64] y) { [m] y = Gemm <beta = 0.5> (x, w, b) }", "beta is not 1"),
-        (("(float[64,N] x) => (float[N,64] y) { [m] y = Gemm "
-"<transA = 1> (x, w) }"), "its first operand is transposed"),
         ("(float[N,64] x, float[64] c) => (float[N,64] y) { [m] y = Gemm(x, w, c) }", "its bias is computed"),
         (("(float[3,64] x) => (float[3,64] y) { [m] y = "
 "Gemm(x, w, c) }"), "its bias is not one number per output"),

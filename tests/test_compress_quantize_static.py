@@ -23,22 +23,21 @@ KERNELS = {
     "grouped": {"QLinearConv": 2},
     "depthwise": {"QLinearConv": 3},
     "leaky": {"QLinearConv": 2, "QLinearLeakyRelu": 1},
-    "average-pool": {"QLinearConv": 2, "QLinearAveragePool": 1},
+    "average-pool": {"QLinearConv": 3},
     "max-pool": {"QLinearConv": 2, "NhwcMaxPool": 1},
     "concat": {"QLinearConv": 3, "QLinearConcat": 1},
-    "hard-swish": {"QLinearConv": 2},
+    "hard-swish": {"QLinearConv": 2, "QLinearAdd": 1, "QLinearMul": 1},
     "hard-swish-parts": {"QLinearConv": 2, "QLinearAdd": 1, "QLinearMul": 2},
     "silu": {"QLinearConv": 2, "QLinearSigmoid": 1, "QLinearMul": 1},
     "residual": {"QLinearConv": 3, "QLinearAdd": 1},
     "two-heads": {"QLinearConv": 3},
-    "output-in-the-middle": {"QLinearConv": 2},
+    "output-in-the-middle": {"QLinearConv": 2, "QLinearLeakyRelu": 1},
     "pool-first": {"QLinearConv": 2},
     "squeeze-excite": {"QLinearConv": 3, "QLinearGlobalAveragePool": 1, "QLinearSigmoid": 1, "QLinearMul": 1},
     "classifier": {"QLinearConv": 1, "QLinearGlobalAveragePool": 1, "QGemm": 2},
     "matmul-3d": {"MatMulIntegerToFloat": 2},
 }
 FLOATS = {
-    "hard-swish": {"HardSigmoid": 1, "Mul": 1},
     "output-in-the-middle": {},
     "pool-first": {"MaxPool": 1},
     "classifier": {"Softmax": 1, "Flatten": 1},
@@ -333,7 +332,12 @@ def test_old_operator_sets_are_lifted_and_nodes_keep_their_names(opset):
     assert kernels(lowered, case.X86) == {"QLinearConv": 2}
 
 
-INTEGER_OF = {"Conv": "QLinearConv", "Gemm": "QGemm", "MatMul": "MatMulIntegerToFloat"}
+INTEGER_OF = {
+    "Conv": "QLinearConv",
+    "AveragePool": "QLinearConv",
+    "Gemm": "QGemm",
+    "MatMul": "MatMulIntegerToFloat",
+}
 
 
 REVERTED = [

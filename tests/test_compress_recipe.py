@@ -5,14 +5,13 @@ import math
 import msgspec
 import pytest
 from edgepress.calibration.limits import LIMIT_METRICS
+from edgepress.compress.drift_limit import METRICS, parse_drift_limits
 from edgepress.compress.recipe import (
-    METRICS,
     SCHEMA_VERSION,
     DriftLimit,
     Pins,
     Recipe,
     override,
-    parse_drift_limits,
     parse_recipe,
     read_recipe,
     to_toml,

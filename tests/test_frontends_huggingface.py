@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from edgepress.frontends import export_check, huggingface, torch_export
+from edgepress.frontends import export_check, torch_export
 from edgepress.frontends.checkpoint import read_checkpoint
+from edgepress.frontends.export_cache import ExportNote, cache_key
 from edgepress.frontends.samples import samples_for
 from edgepress.frontends.source import Source, load_source
 from edgepress.graph.errors import ModelError, NotSupported, OutputError, RuntimeUnavailable
@@ -253,9 +254,9 @@ def test_changed_weights_miss_the_cache(exported, tmp_path: Path) -> None:
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
     other = read_checkpoint(copy, trust_code=False).digests()
-    keys = [huggingface._cache_key(found, 20) for found in (digests, same, other)]
+    keys = [cache_key(found, 20, {}) for found in (digests, same, other)]
     assert keys[0] == keys[1] != keys[2]
-    assert huggingface._cache_key(digests, 21) != keys[0]
+    assert cache_key(digests, 21, {}) != keys[0]
 
 
 def test_an_export_that_differs_is_refused(exported, place: Path) -> None:
@@ -461,11 +462,11 @@ def test_opsets_that_torch_does_not_write(exported) -> None:
 def test_note_serialises(exported, place: Path) -> None:
     exported("bert")
     file = next(place.glob("cache/exports/*/export.json"))
-    note = msgspec.json.decode(file.read_bytes(), type=huggingface.ExportNote)
+    note = msgspec.json.decode(file.read_bytes(), type=ExportNote)
     assert 0 <= note.relative_error <= export_check.TOLERANCE
     assert set(note.files) == {"model.onnx", "model.onnx.data"}
     with pytest.raises(msgspec.ValidationError):
-        msgspec.json.decode(file.read_bytes().replace(b'"opset"', b'"upset"'), type=huggingface.ExportNote)
+        msgspec.json.decode(file.read_bytes().replace(b'"opset"', b'"upset"'), type=ExportNote)
 
 
 REMOTE = """

@@ -131,6 +131,49 @@ def test_trusted_archive(archive: Path, factory: dict[str, object]) -> None:
     check(load_source(str(archive), trust_code=True), factory["Net"]())
 
 
+def entries(cache: Path) -> set[str]:
+    return {path.name for path in (cache / "exports").iterdir()}
+
+
+def test_an_archive_is_exported_once(
+    archive: Path, factory: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_source(str(archive), cache_folder=tmp_path)
+    assert len(entries(tmp_path)) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "export", None)
+        lines: list[str] = []
+        again = load_source(str(archive), cache_folder=tmp_path, progress=lines.append)
+    check(again, factory["Net"]())
+    assert again.model.fingerprint() == first.model.fingerprint()
+    assert (again.model.origin, again.baseline_note) == (first.model.origin, first.baseline_note)
+    assert not any("exporting" in line for line in lines)
+
+
+def test_other_content_opset_or_trust_is_another_export(archive: Path, tmp_path: Path) -> None:
+    load_source(str(archive), cache_folder=tmp_path)
+    load_source(str(archive), cache_folder=tmp_path, trust_code=True)
+    load_source(str(archive), cache_folder=tmp_path, opset=18)
+    copy = rewrite(archive, tmp_path / "net.pt2", lambda found: found.update({"extra/note": b"x"}))
+    load_source(str(copy), cache_folder=tmp_path)
+    assert len(entries(tmp_path)) == 4
+
+
+def test_a_damaged_export_in_the_cache_is_made_anew(
+    archive: Path, factory: dict[str, object], tmp_path: Path
+) -> None:
+    load_source(str(archive), cache_folder=tmp_path)
+    for path in (tmp_path / "exports").glob("*/model.onnx"):
+        path.write_bytes(path.read_bytes()[:-20])
+    check(load_source(str(archive), cache_folder=tmp_path), factory["Net"]())
+
+
+def test_a_factory_is_run_every_time(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(place)
+    load_source("edgepress_factory_case:fixed", cache_folder=tmp_path)
+    assert not (tmp_path / "exports").exists()
+
+
 def rewrite(archive: Path, made: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
     with zipfile.ZipFile(archive) as file:
         entries = {info.filename.partition("/")[2]: file.read(info) for info in file.infolist()}

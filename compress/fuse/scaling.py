@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ...graph.edit import Array, Editor, constant, is_constant, only_use, producer, rank, split_constant
+from ...graph.edit import Editor, constant, is_constant, only_use, producer, rank, split_constant
 from ...graph.rewrite import Refused, Verdict
+from .linear_path import scaled_tensor
 
 
 class FoldScale(NamedTuple):
@@ -19,12 +20,16 @@ class FoldScale(NamedTuple):
     """
 
     name: str = "linear-scale"
-    roots: frozenset[str] = frozenset({"Mul"})
+    roots: frozenset[str] = frozenset({"Mul", "Div"})
 
     def apply(self, node: ir.Node, editor: Editor) -> Verdict:
         """See `Rule`."""
         pair = split_constant(node)
-        if pair is None or (rank(pair[1]) or 0) > 1:
+        if (
+            pair is None
+            or (rank(pair[1]) or 0) > 1
+            or (node.op_type == "Div" and pair[1] is not node.inputs[1])
+        ):
             return False
         biased = producer(pair[0], "Add")
         terms = split_constant(biased) if biased is not None else None
@@ -39,31 +44,62 @@ class FoldScale(NamedTuple):
             return Refused("its weight is also used elsewhere (tied weights)")
         if weight_value.dtype != ir.DataType.FLOAT or node.graph is None or scale is None:
             return Refused("its weight is not float32")
-        weight = constant(weight_value)
-        assert weight is not None
-        width = weight.shape[1]
+        assert weight_value.const_value is not None
+        width = weight_value.const_value.shape.numpy()[1]
+        scale = np.asarray(scale, np.float64).reshape(-1)
+        with np.errstate(divide="ignore"):
+            scale = 1.0 / scale if node.op_type == "Div" else scale
         if scale.size not in (1, width) or (
             bias is not None and (bias.ndim > 1 or bias.size not in (1, width))
         ):
             return Refused("factor or bias is not one number, or one per output")
-        scaled = _scaled(weight, scale)
-        if not np.isfinite(scaled).all():
+        scaled = scaled_tensor(weight_value.const_value, scale)
+        # A mapped weight is read when it is written, unless the factor may make it overflow.
+        if not (np.abs(scale) <= 1.0).all() and not np.isfinite(scaled.numpy()).all():
             return Refused("the scaled weight is not finite")
         graph = node.graph if isinstance(node.graph, ir.Graph) else editor.model.graph
         result, name = node.outputs[0], weight_value.name or "weight"
         stem = result.name or "scaled"
-        wide = editor.tensor(ir.tensor(scaled), name, graph)
+        wide = editor.tensor(scaled, name, graph)
         value = editor.value(
             "MatMul", [product.inputs[0], wide], before=node, stem=f"{stem}/product", like=result
         )
         if bias is not None and terms is not None:
-            shift = editor.tensor(ir.tensor(_scaled(bias, scale)), terms[1].name or f"{name}.bias", graph)
+            moved = np.ascontiguousarray((bias.astype(np.float64) * scale).astype(np.float32))
+            shift = editor.tensor(ir.tensor(moved), terms[1].name or f"{name}.bias", graph)
             value = editor.value("Add", [value, shift], before=node, stem=f"{stem}/biased", like=result)
         editor.replace(result, value)
         return True
 
 
-def _scaled(values: Array, scale: Array) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):
-        product = np.asarray(values, np.float64) * np.asarray(scale, np.float64).reshape(-1)
-        return np.ascontiguousarray(product.astype(np.float32))
+class FoldShift(NamedTuple):
+    """(y + a) + b with constant a and b of the last axis -> y + (a + b), in float64.
+
+    MobileBERT's norm without statistics behind a linear layer, and biases that were added in steps.
+    """
+
+    name: str = "joint-shift"
+    roots: frozenset[str] = frozenset({"Add"})
+
+    def apply(self, node: ir.Node, editor: Editor) -> Verdict:
+        """See `Rule`."""
+        outer = split_constant(node)
+        before = producer(outer[0], "Add") if outer is not None else None
+        inner = split_constant(before) if before is not None else None
+        if outer is None or inner is None or before is None or before.graph is not node.graph:
+            return False
+        numbers = [constant(pair[1]) for pair in (inner, outer)]
+        first, second = numbers
+        if first is None or second is None or first.ndim != 1 or second.ndim != 1:
+            return False
+        if node.outputs[0].dtype != ir.DataType.FLOAT or first.shape != second.shape:
+            return False
+        if only_use(before.outputs[0]) is not node:
+            return Refused("the first sum is also used elsewhere")
+        total = (first.astype(np.float64) + second.astype(np.float64)).astype(np.float32)
+        graph = node.graph if isinstance(node.graph, ir.Graph) else editor.model.graph
+        result, stem = node.outputs[0], node.outputs[0].name or "shifted"
+        shift = editor.tensor(ir.tensor(total), inner[1].name or "shift", graph)
+        value = editor.value("Add", [inner[0], shift], before=node, stem=stem, like=result)
+        editor.replace(result, value)
+        return True

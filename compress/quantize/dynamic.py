@@ -12,7 +12,7 @@ from ...graph.errors import InternalError
 from ...graph.model import Model
 from ...graph.passes import Outcome, Pass
 from ...graph.scheme import Scheme
-from ..operands import TABLE_OPS
+from ..operands import RECURRENT_OPS, TABLE_OPS
 from ..plan import Decision
 from .weights import quantize_weight
 
@@ -32,7 +32,11 @@ class QuantizeDynamic(Pass):
         """See `Pass.run`."""
         outcome = Outcome()
         editor = Editor(model)
-        planned = {item.node: item for item in self.decisions if item.form == "dynamic"}
+        planned = {
+            item.node: item
+            for item in self.decisions
+            if item.form == "dynamic" and item.op not in RECURRENT_OPS
+        }
         quantized = _Shared()
         for graph in model.all_graphs():
             for node in tuple(graph):

@@ -2,91 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from ...graph.edit import Editor, constant, is_constant, producer, remove_dead
+from ...graph.edit import Editor, constant, only_use, operand, producer, remove_dead, scalar
 from ...graph.errors import DataError, InternalError
 from ...graph.model import Model
 from ...graph.passes import Outcome, Pass
-from ...graph.scheme import IntArray, Scheme, affine_parameters, quantize
-from ..operands import ABSORBED_OPS, CARRIED_OPS, COMPUTE_OPS, PASS_THROUGH_OPS, has_float_output, output_tail
+from ...graph.scheme import IntArray, Scheme, affine_parameters
+from ..operands import ABSORBED_OPS, INTEGER_BY_ITSELF_OPS, moves_data
 from ..plan import Decision
-from .weights import Float32Array, QuantizedWeight, quantize_weight, weight_integers
+from .constants import WEIGHTED, Stored, graph_of, store_constants
+from .layout import Layout, static_layout
+from .respell import respell
+from .weights import Float32Array
 
-_WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
-_TRANSPARENT = PASS_THROUGH_OPS | ABSORBED_OPS
-_MADE_INTEGER = COMPUTE_OPS | CARRIED_OPS | {"Softmax"}
-_INT32_LIMIT = 2**31 - 1
+__all__ = ["Layout", "QuantizeStatic", "Ranges", "static_layout"]
+
+_DIRECT = frozenset({"Pad", "SpaceToDepth"})
+_HALF_A_STEP = 0.501  # and what float32 loses of the scale
 
 Ranges = Mapping[str, tuple[float, float]]
 """Tensor name -> (minimum, maximum) of its values."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Which tensors get a Q/DQ pair.
-
-    `source` maps each such tensor's name to the one whose range it shares: operators that only
-    move data keep scale and zero point. `activation` is the scheme of all of them. `rerouted`
-    are tensors made by integer operators: every reader takes the dequantized value.
-    """
-
-    source: dict[str, str]
-    rerouted: frozenset[str]
-    activation: Scheme | None
-
-    @property
-    def observed(self) -> tuple[str, ...]:
-        """Names of the tensors whose ranges calibration must find, in graph order."""
-        return tuple(dict.fromkeys(self.source.values()))
-
-
-def static_layout(model: Model, decisions: Sequence[Decision]) -> Layout:
-    """Place Q/DQ pairs for the nodes that are planned static.
-
-    Inputs of every planned node are quantized; so are their outputs, behind a Relu or Clip that the
-    runtime absorbs. A MatMul's output stays float (see `has_float_output`) unless a planned node
-    reads it. Where pooling or reshaping stands between, both sides share one range.
-    Everything else, the mask of an attention above all, is never quantized.
-    """
-    planned = {item.node: item for item in decisions if item.form == "static"}
-    wanted: dict[str, ir.Value] = {}
-    rerouted: set[str] = set()
-    for node in model.graph:
-        if (node.name or "") not in planned:
-            continue
-        for value in node.inputs if node.op_type not in _WEIGHTED else node.inputs[:1]:
-            if value is not None and not is_constant(value):
-                wanted.setdefault(str(value.name), value)
-        tail = output_tail(node)
-        if not has_float_output(node):
-            wanted.setdefault(str(tail.name), tail)
-            rerouted.add(str(tail.name))
-    source: dict[str, str] = {}
-    for name, value in wanted.items():
-        shared = _range_owner(value, wanted)
-        source[name] = str(shared.name)
-        if shared is not value:
-            rerouted.add(name)
-    scheme = next((item.activation for item in planned.values() if item.activation is not None), None)
-    return Layout(source=source, rerouted=frozenset(rerouted), activation=scheme)
-
-
-def _range_owner(value: ir.Value, wanted: Mapping[str, ir.Value]) -> ir.Value:
-    """The tensor whose scale `value` shares: the next quantized one above operators that move data."""
-    origin = value
-    while True:
-        maker = origin.producer()
-        if maker is None or maker.op_type not in PASS_THROUGH_OPS or maker.inputs[0] is None:
-            return value
-        origin = maker.inputs[0]
-        if str(origin.name) in wanted:
-            return origin if origin is value else _range_owner(origin, wanted)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,39 +40,107 @@ class QuantizeStatic(Pass):
 
     def run(self, model: Model) -> Outcome:
         """See `Pass.run`."""
-        outcome, layout = Outcome(), self.layout
-        if layout.activation is None:
+        outcome, layout, activation = Outcome(), self.layout, self.layout.activation
+        if activation is None:
             return outcome
         editor = Editor(model)
+        planned = {item.node: item for item in self.decisions if item.form == "static"}
+        for node in model.graph:
+            if (node.name or "") in planned:
+                outcome.count(f"{node.op_type}-static")
+        respelled = respell(model, planned, layout.source, editor)
+        planned = respelled.planned
+        layout = dataclasses.replace(
+            layout,
+            source=layout.source | respelled.source,
+            rerouted=layout.rerouted | frozenset(respelled.source),
+        )
         by_name = {value.name: value for value in model.graph.inputs}
         by_name |= {value.name: value for node in model.graph for value in node.outputs}
-        planned = {item.node: item for item in self.decisions if item.form == "static"}
-        stored = _Stored(editor)
-        scales = {name: _parameters(source, self.ranges, layout) for name, source in layout.source.items()}
+        stored = Stored(editor)
+        ranges = {**self.ranges, **respelled.fixed}
+        scales = {name: _parameters(source, ranges, layout) for name, source in layout.source.items()}
         # Weights first: they read the scale of the data input, whose name is still the original one.
         for node in tuple(model.graph):
             decision = planned.get(node.name or "")
             if decision is not None:
-                _store_constants(node, decision, layout.activation, scales, stored)
-                outcome.count(f"{node.op_type}-static")
+                store_constants(node, decision, activation, scales, stored)
         by_name |= _screened(model, layout, planned, editor, outcome)
-        quantized = frozenset(id(by_name[name]) for name in layout.source)
-        for name in layout.source:
-            value, parameters = by_name[name], scales[name]
-            readers = [
-                (use.node, use.idx)
-                for use in value.uses()
-                if name in layout.rerouted or _takes_integers(use.node, quantized, planned)
-            ]
-            is_output = value.is_graph_output() and name in layout.rerouted
-            if readers or is_output:
-                real = _insert_pair(value, parameters, layout.activation, readers, editor)
-                outcome.count("q-dq-pair")
-                if is_output:
-                    _hand_over_output(value, real, model.graph, editor)
+        outcome.count("q-dq-pair", _insert_pairs(layout, by_name, ranges, planned, editor))
+        for node, factor in respelled.stretched:
+            _stretch(node, factor, editor)
+        for node in tuple(model.graph):
+            if node.op_type in _DIRECT and moves_data(node):
+                _compute_directly(node)
         if outcome.applied:
             remove_dead(model)
         return outcome
+
+
+def _insert_pairs(
+    layout: Layout,
+    by_name: Mapping[str | None, ir.Value],
+    ranges: Ranges,
+    planned: Mapping[str, Decision],
+    editor: Editor,
+) -> int:
+    """Put every pair of a layout into the graph; returns how many there are."""
+    if layout.activation is None:
+        return 0
+    quantized = frozenset(id(by_name[name]) for name in layout.source)
+    inserted = 0
+    for name, source in layout.source.items():
+        value = by_name[name]
+        readers = [
+            (use.node, use.idx)
+            for use in value.uses()
+            if name in layout.rerouted or _takes_integers(use.node, quantized, planned)
+        ]
+        is_output = value.is_graph_output() and name in layout.rerouted
+        if readers or is_output:
+            parameters = _parameters(source, ranges, layout)
+            real = _insert_pair(value, parameters, layout.activation, readers, editor)
+            inserted += 1
+            if is_output:
+                _hand_over_output(value, real, editor.model.graph, editor)
+    return inserted
+
+
+def _stretch(node: ir.Node, factor: float, editor: Editor) -> None:
+    """Let a node read its first operand times `factor`: the same integers at another scale."""
+    real = producer(node.inputs[0], "DequantizeLinear")
+    scale = None if real is None else constant(real.inputs[1])
+    if real is None or scale is None:
+        raise InternalError("the operand of a planned node is not dequantized", where=node.name)
+    unit = editor.constant(
+        np.asarray(np.float64(scale) * factor, np.float32), f"{node.name}/unit", graph_of(node)
+    )
+    stretched = editor.value(
+        "DequantizeLinear",
+        [real.inputs[0], unit, real.inputs[2]],
+        before=node,
+        stem=f"{node.name}/stretched",
+        like=real.outputs[0],
+    )
+    node.replace_input_with(0, stretched)
+
+
+def _compute_directly(node: ir.Node) -> None:
+    """Let a node between DQ and Q of one scale move integers: onnxruntime does not drop these pairs."""
+    real, behind = producer(node.inputs[0], "DequantizeLinear"), only_use(node.outputs[0])
+    if real is None or behind is None or behind.op_type != "QuantizeLinear":
+        return
+    pairs = zip(real.inputs[1:], behind.inputs[1:], strict=True)
+    if not all(np.array_equal(np.asarray(constant(a)), np.asarray(constant(b))) for a, b in pairs):
+        return
+    moved, result = node.outputs[0], behind.outputs[0]
+    node.replace_input_with(0, real.inputs[0])
+    if node.op_type == "Pad":
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        node.replace_input_with(2, real.inputs[2])
+    moved.type = copy.copy(result.type)
+    ir.convenience.replace_all_uses_with(result, moved)
 
 
 def _screened(
@@ -148,7 +157,7 @@ def _screened(
     outputs = [value for node in model.graph for value in node.outputs if value.name in layout.source]
     makers = {id(node): node for value in outputs if (node := _maker_above_moves(value)) is not None}
     for node in makers.values():
-        if node.name in planned or node.op_type not in _MADE_INTEGER or node.domain:
+        if node.name in planned or node.op_type not in INTEGER_BY_ITSELF_OPS or node.domain:
             continue
         if not _reads_integers(node, layout.rerouted, planned):
             continue
@@ -166,9 +175,13 @@ def _screened(
 def _maker_above_moves(value: ir.Value) -> ir.Node | None:
     """The node that computes a value, above those that move it or are absorbed."""
     node = value.producer()
-    while node is not None and node.op_type in _TRANSPARENT and node.inputs[0] is not None:
+    while node is not None and _is_transparent(node) and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     return node
+
+
+def _is_transparent(node: ir.Node) -> bool:
+    return moves_data(node) or (node.op_type in ABSORBED_OPS and not node.domain)
 
 
 def _reads_integers(node: ir.Node, rerouted: frozenset[str], planned: Mapping[str, Decision]) -> bool:
@@ -176,14 +189,15 @@ def _reads_integers(node: ir.Node, rerouted: frozenset[str], planned: Mapping[st
     product = next((maker for value in node.inputs if (maker := producer(value, "MatMul"))), None)
     if node.op_type == "Add" and product is not None and product.name not in planned:
         return _is_dequantized(product.inputs[0], rerouted)
-    operands = node.inputs[:1] if node.op_type in _WEIGHTED - {"MatMul"} else node.inputs
+    operands = node.inputs[:1] if node.op_type in WEIGHTED - {"MatMul"} else node.inputs
+    operands = node.inputs[1:] if node.op_type == "Where" else operands
     return all(_is_dequantized(value, rerouted) for value in operands)
 
 
 def _is_dequantized(value: ir.Value | None, rerouted: frozenset[str]) -> bool:
     while value is not None and str(value.name) not in rerouted:
         maker = value.producer()
-        value = maker.inputs[0] if maker is not None and maker.op_type in _TRANSPARENT else None
+        value = maker.inputs[0] if maker is not None and _is_transparent(maker) else None
     return value is not None
 
 
@@ -202,120 +216,6 @@ def _parameters(source: str, ranges: Ranges, layout: Layout) -> tuple[Float32Arr
     return affine_parameters(np.array(limits[0]), np.array(limits[1]), layout.activation)
 
 
-class _Stored:
-    """Constants in integers: each is stored once, however many nodes read it with the same scale."""
-
-    def __init__(self, editor: Editor) -> None:
-        self.editor = editor
-        self._weights: dict[tuple[int, Scheme], QuantizedWeight] = {}
-        self._values: dict[tuple[int, bytes], ir.Value] = {}
-
-    def weight(self, value: ir.Value, scheme: Scheme) -> QuantizedWeight:
-        """The integers and scales of a weight."""
-        key = id(value), scheme
-        if key not in self._weights:
-            if value.const_value is None:
-                raise InternalError("a planned node has no constant weight", where=value.name)
-            self._weights[key] = quantize_weight(value.const_value, scheme)
-        return self._weights[key]
-
-    def dequantized(
-        self,
-        origin: ir.Value,
-        contents: QuantizedWeight,
-        zero_point: IntArray,
-        *,
-        node: ir.Node,
-        suffix: str,
-        axis: int | None = None,
-    ) -> ir.Value:
-        """A DequantizeLinear of stored integers in front of `node`, one for each reader."""
-        (integers, scale), graph = contents, _graph(node)
-        stem = f"{origin.name}.{suffix}"
-        key = id(origin), scale.tobytes() + zero_point.tobytes() + suffix.encode()
-        if key not in self._values:
-            self._values[key] = self.editor.tensor(integers, stem, graph)
-        stored = self._values[key]
-        unit = self.editor.constant(np.asarray(scale, np.float32), f"{stem}.scale", graph)
-        zero = self.editor.constant(zero_point, f"{stem}.zero_point", graph)
-        return self.editor.value(
-            "DequantizeLinear",
-            [stored, unit, zero],
-            {} if axis is None else {"axis": axis},
-            before=node,
-            stem=f"{stem}/dq",
-            dtype=ir.DataType.FLOAT,
-            shape=ir.Shape(integers.shape.numpy()),
-        )
-
-
-def _store_constants(
-    node: ir.Node,
-    decision: Decision,
-    activation: Scheme,
-    scales: Mapping[str, tuple[Float32Array, IntArray]],
-    stored: _Stored,
-) -> None:
-    """Let a planned node read its weight and bias, or the constants it adds, from stored integers."""
-    if node.op_type in _WEIGHTED:
-        _store_weight(node, decision, scales, stored)
-        return
-    for place, value in enumerate(node.inputs):
-        contents = constant(value)
-        if value is None or contents is None or contents.dtype != np.float32:
-            continue
-        scale, zero_point = affine_parameters(contents.min(), contents.max(), activation)
-        integers = quantize(contents.astype(np.float32), scale, zero_point, activation)
-        made = QuantizedWeight(ir.tensor(integers), scale)
-        node.replace_input_with(
-            place, stored.dequantized(value, made, zero_point, node=node, suffix=activation.dtype)
-        )
-
-
-def _store_weight(
-    node: ir.Node,
-    decision: Decision,
-    scales: Mapping[str, tuple[Float32Array, IntArray]],
-    stored: _Stored,
-) -> None:
-    data, weight, scheme = node.inputs[0], node.inputs[1], decision.weight_scheme
-    if data is None or weight is None or weight.const_value is None or scheme is None:
-        raise InternalError("a planned node has no constant weight", where=decision.node)
-    contents = stored.weight(weight, scheme)
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    bias_values = constant(bias)
-    if bias is not None and bias_values is not None:
-        data_scale = scales[str(data.name)][0]
-        flat = np.broadcast_to(bias_values.astype(np.float64).reshape(-1), contents.scale.shape)
-        widened = _scale_for_bias(contents.scale, data_scale, flat)
-        if not np.array_equal(widened, contents.scale):
-            weight_values = np.asarray(weight.const_value.numpy(), np.float32)
-            contents = QuantizedWeight(ir.tensor(weight_integers(weight_values, widened, scheme)), widened)
-        unit = (contents.scale.astype(np.float64) * float(data_scale)).astype(np.float32)
-        bias_integers = np.clip(np.rint(flat / unit), -_INT32_LIMIT, _INT32_LIMIT).astype(np.int32)
-        made = QuantizedWeight(ir.tensor(bias_integers), unit)
-        zeros = np.zeros(unit.shape, np.int32)
-        node.replace_input_with(2, stored.dequantized(bias, made, zeros, node=node, suffix="int32", axis=0))
-    zero_point = np.zeros(contents.scale.shape, np.int8)
-    node.replace_input_with(
-        1, stored.dequantized(weight, contents, zero_point, node=node, suffix="int8", axis=scheme.axis)
-    )
-
-
-def _scale_for_bias(
-    scale: Float32Array, data_scale: Float32Array, bias: npt.NDArray[np.float64]
-) -> Float32Array:
-    """Weight scales large enough that each bias fits 31 bits at scale weight_scale * data_scale.
-
-    Args:
-        scale: (channels,).
-        data_scale: ().
-        bias: (channels,).
-    """
-    widened: Float32Array = np.maximum(scale, np.abs(bias) / (float(data_scale) * 2**30)).astype(np.float32)
-    return widened
-
-
 def _insert_pair(
     value: ir.Value,
     parameters: tuple[Float32Array, IntArray],
@@ -331,7 +231,7 @@ def _insert_pair(
     zero = editor.constant(zero_point, f"{value.name}.zero_point", graph)
     quantized = editor.node(
         "QuantizeLinear",
-        [value, unit, zero],
+        [_before_clip(value, parameters, activation), unit, zero],
         before=first,
         after=maker,
         stem=f"{value.name}/q",
@@ -350,6 +250,26 @@ def _insert_pair(
     return real
 
 
+def _before_clip(value: ir.Value, parameters: tuple[Float32Array, IntArray], activation: Scheme) -> ir.Value:
+    """What a Clip in front of a QuantizeLinear reads, if the integers saturate where it does.
+
+    Within half a step, that is: then nothing is lost. onnxruntime drops a Clip only where its limits
+    are exactly representable, and computes the convolution in front of any other in float.
+    """
+    clip = producer(value, "Clip")
+    if clip is None or clip.inputs[0] is None:
+        return value
+    scale, zero_point = (np.float64(item) for item in parameters)
+    for place, side, limit in zip((1, 2), (-1, 1), activation.limits, strict=True):
+        bound = operand(clip, place)
+        number = scalar(bound)
+        if bound is not None and number is None:
+            return value
+        if number is not None and side * ((limit - zero_point) * scale - number) > _HALF_A_STEP * scale:
+            return value
+    return clip.inputs[0]
+
+
 def _hand_over_output(value: ir.Value, real: ir.Value, graph: ir.Graph, editor: Editor) -> None:
     """Make `real` the graph output in the place and under the name of `value`."""
     name = value.name
@@ -364,10 +284,4 @@ def _takes_integers(node: ir.Node, quantized: frozenset[int], planned: Mapping[s
     """Whether a reader works on integers: a planned node, or one that moves data to a quantized tensor."""
     if (node.name or "") in planned:
         return True
-    return node.op_type in PASS_THROUGH_OPS and id(node.outputs[0]) in quantized
-
-
-def _graph(node: ir.Node) -> ir.Graph:
-    if not isinstance(node.graph, ir.Graph):
-        raise InternalError("a node stands in no graph", where=node.name)
-    return node.graph
+    return moves_data(node) and any(id(value) in quantized for value in node.outputs)
