@@ -297,6 +297,8 @@ class _Proposer:
         tensor = table.const_value
         if tensor.dtype != ir.DataType.FLOAT or rank(table) != 2 or not reads_rows(node, table):
             return None
+        if node.outputs[0] in self.computed_once:
+            return None  # rows that are always the same: nothing is looked up
         kept = self.kept_by_user(node)
         if kept is not None:
             return kept

@@ -15,6 +15,7 @@ from .edit import Array, Editor, is_constant, name_nodes, permutation, remove_de
 from .errors import ModelError
 from .fold import FoldConstants
 from .model import Model
+from .moved_weights import FoldMovedWeights
 from .passes import Outcome, Pass
 from .rewrite import Rewrite
 from .shapes import InferShapes, is_consistent, kept_interface, quiet
@@ -22,6 +23,7 @@ from .weights import MappedTensor
 
 __all__ = [
     "FoldConstants",
+    "FoldMovedWeights",
     "FoldWeights",
     "InferShapes",
     "LiftOpset",
@@ -199,6 +201,7 @@ def exact_cleanup() -> list[Pass]:
         Rewrite(rules=EXACT_RULES),
         InferShapes(),
         FoldConstants(),
+        FoldMovedWeights(),
         MergeDuplicates(),
         Rewrite(rules=EXACT_RULES),
         MergeDuplicates(),

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from edgepress.frontends.imports import is_importable
 from edgepress.frontends.source import load_source
+from edgepress.graph.cleanup import exact_cleanup
+from edgepress.graph.edit import is_constant
 from edgepress.graph.errors import ModelError, NotSupported, RuntimeUnavailable
+from edgepress.graph.passes import run_passes
 from edgepress.graph.save import to_bytes
 
 torch = pytest.importorskip("torch")
@@ -393,3 +396,22 @@ def test_without_torch(archive: Path, place: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(RuntimeUnavailable, match="torch") as caught:
             load_source(reference)
         assert "edgepress[torch]" in str(caught.value.remedy)
+
+
+def test_the_weights_of_an_exported_lstm_are_constants_after_clean_up(tmp_path):
+    """torch's exporter reorders the gates in the graph: nothing could quantize weights that are computed."""
+    torch.manual_seed(5)
+
+    class Steps(torch.nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    module = Steps(6, 40, num_layers=2, bidirectional=True, batch_first=True).eval()
+    path = tmp_path / "lstm.pt2"
+    torch.export.save(torch.export.export(module, (torch.randn(2, 5, 6),)), path)
+    model = load_source(str(path)).model
+    run_passes(model, exact_cleanup())
+    found = [node for node in model.graph if node.op_type == "LSTM"]
+    assert len(found) == 2
+    assert all(is_constant(value) for node in found for value in node.inputs[1:4])
+    assert not {"Slice", "Concat"} & {node.op_type for node in model.graph}

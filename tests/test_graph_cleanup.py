@@ -7,6 +7,7 @@ import pytest
 import zoo
 from edgepress.graph.cleanup import (
     FoldConstants,
+    FoldMovedWeights,
     FoldWeights,
     InferShapes,
     LiftOpset,
@@ -20,7 +21,9 @@ from edgepress.graph.passes import run_passes
 from edgepress.graph.save import to_bytes
 from onnx import helper
 
-SINGLE = (RemoveUnused(), InferShapes(), FoldWeights(), FoldConstants(), MergeDuplicates())
+SINGLE = (
+    RemoveUnused(), InferShapes(), FoldWeights(), FoldConstants(), FoldMovedWeights(), MergeDuplicates(),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -345,6 +348,76 @@ def test_nested_constant_branches():
     assert zoo.apply(model, FoldConstants()).applied == {"branch": 1}
     assert zoo.operators(model) == ["If", "Abs", "Exp"] or zoo.operators(model) == ["If", "Exp", "Abs"]
     zoo.assert_same(proto, model)
+
+
+# FoldMovedWeights
+
+
+def weights(*names, shape=(6, 4)):
+    random = np.random.default_rng(len(names))
+    return [
+        onnx.numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name) for name in names
+    ]
+
+
+def moved(text, *names, shape=(6, 4)):
+    """The model of a text with big weights: folded, compared, and what the pass counted."""
+    proto = zoo.parse(text)
+    proto.graph.initializer.extend(weights(*names, shape=shape))
+    model = zoo.load(proto)
+    zoo.apply(model, InferShapes())
+    record = zoo.apply(model, FoldMovedWeights())
+    zoo.assert_same(proto, model)
+    return model, record.applied
+
+
+GATES = """g (float[N,4] x) => (float[N,6] y)
+    <int64[1] o = {0}, int64[1] t = {2}, int64[1] f = {4}, int64[1] s = {6}> {
+    a = Slice(w, o, t, o)  b = Slice(w, t, f, o)  c = Slice(w, f, s, o)
+    j = Concat <axis = 0> (a, c, b)  k = Transpose(j)  y = MatMul(x, k) }"""
+
+
+def test_the_gates_of_a_weight_are_reordered_once_and_it_keeps_its_name():
+    model, applied = moved(GATES, "w")
+    assert applied == {"moved-weight": 1}
+    assert zoo.operators(model) == ["MatMul"]
+    assert "w" in model.graph.initializers
+    assert tuple(model.graph.initializers["w"].shape) == (4, 6)
+
+
+def test_joined_weights_are_named_for_what_they_share():
+    model, applied = moved(
+        """g (float[N,4] x) => (float[N,12] y) {
+        j = Concat <axis = 0> (p.w_a, p.w_b)  k = Transpose(j)  y = MatMul(x, k) }""".replace("p.", "p_"),
+        "p_w_a",
+        "p_w_b",
+    )
+    assert applied == {"moved-weight": 1}
+    assert list(model.graph.initializers) == ["p_w.joined"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # the weight is needed as it is as well
+        """g (float[N,4] x, float[N,6] z) => (float[N,6] y) {
+            k = Transpose(w)  a = MatMul(x, k)  b = MatMul(z, w)  c = MatMul(b, k)  y = Add(a, c) }""",
+        # the results take more bytes than the weight
+        """g (float[N,4] x) => (float[N,12] y) {
+            j = Concat <axis = 0> (w, w)  k = Transpose(j)  y = MatMul(x, k) }""",
+        # where it is cut is computed
+        """g (float[N,4] x, int64[1] i) => (float[N,A] y) <int64[1] o = {0}, int64[1] f = {6}> {
+            a = Slice(w, i, f, o)  k = Transpose(a)  y = MatMul(x, k) }""",
+        # it leaves the graph
+        "g (float[N,4] x) => (float[4,6] y, float[N,6] z) { y = Transpose(w)  z = MatMul(x, y) }",
+    ],
+)
+def test_moved_weights_that_stay(text):
+    proto = zoo.parse(text)
+    proto.graph.initializer.extend(weights("w"))
+    model = zoo.load(proto)
+    zoo.apply(model, InferShapes())
+    assert zoo.apply(model, FoldMovedWeights()).applied == {}
 
 
 # MergeDuplicates
