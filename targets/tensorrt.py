@@ -263,6 +263,7 @@ class _Check:
                     name,
                 )
             if kind == "INT64" and not self.has_int64:
+                # The parsers of TensorRT 6 to 8 say so themselves, and clamp (onnx/onnx-tensorrt, issue 432).
                 kind = "INT32"
                 self.add(
                     (
@@ -270,7 +271,7 @@ class _Check:
                         "type",
                         _WHOLE,
                         f"{self.release} narrows INT64 to INT32",
-                        "keep values below 2^31",
+                        "keep values below 2^31: larger ones are clamped",
                     )
                 )
             if kind not in entry.types:
