@@ -125,7 +125,7 @@ def _is_weight(value: ir.Value, graph: ir.Graph) -> bool:
 
 def _is_gain(region: _Region) -> bool:
     """Whether the results take no more bytes than the weights that nobody needs any more."""
-    own, needed = set(region.nodes), 0
+    own, needed = set(region.nodes), 0.0
     for value in region.results:
         if value.is_graph_output() or value.shape is None or value.dtype is None:
             return False
