@@ -785,7 +785,10 @@ def test_an_interrupt_leaves_nothing(tmp_path, number, stop_in_pass):
     (tmp_path / "stop-in-pass").write_text(str(stop_in_pass))
     argv = compiling(tmp_path, "-v", model=model, calib="stopping:samples")
     before = tree(tmp_path)
-    process = in_a_process(argv, tmp_path)
+    # Tests that are run in the background ignore Ctrl-C, and their children inherit that.
+    process = in_a_process(
+        argv, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
     while not (tmp_path / "stopped").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
