@@ -159,12 +159,21 @@ def write_cache(cache: CalibrationCache, path: Path) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    encoded = msgspec.json.format(msgspec.json.encode(cache, order="deterministic"), indent=2) + b"\n"
+    encoded = msgspec.json.encode(cache, order="deterministic")
+    write_whole(msgspec.json.format(encoded, indent=2) + b"\n", path)
+
+
+def write_whole(content: bytes, path: Path) -> None:
+    """Write what calibration found, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         try:
             with part.open("xb") as file:
-                file.write(encoded)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
@@ -172,10 +181,10 @@ def write_cache(cache: CalibrationCache, path: Path) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
-            "the calibration cache cannot be written",
+            "what calibration found cannot be written",
             where=str(path),
             why=error.strerror,
-            remedy="free some space, or choose another place with --calib-cache",
+            remedy="free some space, or choose another place",
         ) from error
 
 

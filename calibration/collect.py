@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from ..graph.errors import DataError, ModelError
 from ..graph.model import Model
+from .cost import OBSERVER_BYTES, CalibrationCost, activation_budget, too_large
 from .data import CalibrationData
+from .histogram import Histogram
 from .ranges import DEFAULT_PERCENTILE, Method, RangeObserver
 from .schema import Array, Feeds, near_names
 
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 Limits = npt.NDArray[np.float32]
 DEFAULT_MEMORY_BYTES = 256 * 2**20
+TYPICAL = " (typical)"
+SPREAD = " (mean -+ deviation)"
+"""Behind a tensor's name: the limits of one sample on average, and of one standard deviation."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
 
 
@@ -37,6 +43,8 @@ def collect_ranges(
     options: SessionOptions | None = None,
     progress: Progress | None = None,
     max_memory_bytes: int | None = None,
+    memory_limit_bytes: int | None = None,
+    announce: Callable[[CalibrationCost], None] | None = None,
     open_session: Callable[[Model], Runner] | None = None,
 ) -> dict[str, RangeObserver]:
     """Run the model over the data and observe tensors; no activation outlives its sample.
@@ -52,7 +60,9 @@ def collect_ranges(
         percentile: for the percentile method, in percent.
         options: session options of onnxruntime; graph optimisation is off by default.
         progress: called with (samples run, samples to run).
-        max_memory_bytes: for the activations of one segment (256 MiB by default).
+        max_memory_bytes: for the activations of one segment (256 MiB by default); one tensor may pass it.
+        memory_limit_bytes: a bound that is held, for the activations fetched at a time and all counts.
+        announce: told of the cost before the run starts, extrapolated from the largest sample.
         open_session: opens another runtime than onnxruntime.
 
     Returns:
@@ -60,13 +70,24 @@ def collect_ranges(
 
     Raises:
         ModelError: if a name is unknown, inside a subgraph, an initializer or not a float tensor.
-        DataError: if an activation is NaN, or there are no samples.
+        DataError: if an activation is NaN, there are no samples, or one tensor alone passes the bound.
     """
     names = list(dict.fromkeys(tensor_names))
     observers = {name: RangeObserver(name, method=method, percentile=percentile) for name in names}
     budget = DEFAULT_MEMORY_BYTES if max_memory_bytes is None else max_memory_bytes
+    if memory_limit_bytes is not None:
+        budget = activation_budget(memory_limit_bytes, len(names))
     opener = open_session or _onnxruntime_opener(options)
-    for name, values in _observed(model, names, data, budget=budget, opener=opener, progress=progress):
+    for name, values in _observed(
+        model,
+        names,
+        data,
+        budget=budget,
+        opener=opener,
+        progress=progress,
+        strict=memory_limit_bytes is not None,
+        announce=announce,
+    ):
         observers[name].update(values)
     return observers
 
@@ -76,11 +97,94 @@ def collect_channel_limits(
     tensor_names: Sequence[str],
     data: CalibrationData,
     *,
+    typical: bool = False,
+    batch_size: int = 1,
     options: SessionOptions | None = None,
     progress: Progress | None = None,
     open_session: Callable[[Model], Runner] | None = None,
 ) -> dict[str, tuple[Limits, Limits]]:
     """The smallest and largest value of every channel (last axis) of tensors, over the data.
+
+    A dynamic quantizer meets the limits of one batch at a time: with `typical` their mean over the batches
+    stands under name + `TYPICAL`, and each channel's mean less and plus its standard deviation under
+    name + `SPREAD`.
+
+    Args:
+        model: not changed.
+        tensor_names: float inputs and node outputs of the main graph.
+        data: calibration samples.
+        typical: whether those two are given as well.
+        batch_size: samples run together, texts padded to the longest (unless the model fixes the size):
+            padding tokens have outlier channels of their own.
+        options: session options of onnxruntime; graph optimisation is off by default.
+        progress: called with (samples run, samples to run).
+        open_session: opens another runtime than onnxruntime.
+
+    Returns:
+        name (and name + `TYPICAL`, name + `SPREAD`) -> (minimum, maximum), each float32 of shape (channels,).
+
+    Raises:
+        ModelError: if a name is unknown, inside a subgraph, an initializer or not a float tensor.
+        DataError: if there are no samples.
+    """
+    names = list(dict.fromkeys(tensor_names))
+    sums: dict[str, _ChannelSums] = {}
+    opener = open_session or _onnxruntime_opener(options)
+    found: dict[str, tuple[Limits, Limits]] = {}
+    for name, values in _observed(
+        model,
+        names,
+        data,
+        budget=DEFAULT_MEMORY_BYTES // batch_size,
+        opener=opener,
+        progress=progress,
+        batch_size=batch_size,
+    ):
+        rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        if typical:
+            sums.setdefault(name, _ChannelSums(rows.shape[1])).add(rows, low, high)
+        if name in found:
+            low, high = np.minimum(found[name][0], low), np.maximum(found[name][1], high)
+        found[name] = low, high
+    for name, item in sums.items():
+        found[name + TYPICAL], found[name + SPREAD] = item.typical(), item.spread()
+    return found
+
+
+class _ChannelSums:
+    """Sums over samples of each channel's limits, and over rows of its values and their squares."""
+
+    def __init__(self, channels: int) -> None:
+        self._limits, self._moments = np.zeros((2, channels)), np.zeros((2, channels))
+        self._samples = self._rows = 0
+
+    def add(self, rows: Limits, low: Limits, high: Limits) -> None:
+        self._limits += low, high
+        self._moments += rows.sum(axis=0, dtype=np.float64), np.einsum("ij,ij->j", rows, rows)
+        self._samples += 1
+        self._rows += len(rows)
+
+    def typical(self) -> tuple[Limits, Limits]:
+        low, high = (self._limits / self._samples).astype(np.float32)
+        return low, high
+
+    def spread(self) -> tuple[Limits, Limits]:
+        mean, square = self._moments / self._rows
+        deviation = np.sqrt(np.maximum(square - np.square(mean), 0.0))
+        return (mean - deviation).astype(np.float32), (mean + deviation).astype(np.float32)
+
+
+def stream_tensors(
+    model: Model,
+    tensor_names: Sequence[str],
+    data: CalibrationData,
+    *,
+    options: SessionOptions | None = None,
+    progress: Progress | None = None,
+    max_memory_bytes: int | None = None,
+) -> Iterator[tuple[str, Array]]:
+    """(name, values) of every tensor for every batch of the data, in memory that the data does not raise.
 
     Args:
         model: not changed.
@@ -88,27 +192,17 @@ def collect_channel_limits(
         data: calibration samples.
         options: session options of onnxruntime; graph optimisation is off by default.
         progress: called with (samples run, samples to run).
-        open_session: opens another runtime than onnxruntime.
-
-    Returns:
-        name -> (minimum, maximum), each float32 of shape (channels,).
+        max_memory_bytes: for the tensors that are fetched at a time (256 MiB by default).
 
     Raises:
         ModelError: if a name is unknown, inside a subgraph, an initializer or not a float tensor.
         DataError: if there are no samples.
     """
     names = list(dict.fromkeys(tensor_names))
-    opener = open_session or _onnxruntime_opener(options)
-    found: dict[str, tuple[Limits, Limits]] = {}
-    for name, values in _observed(
-        model, names, data, budget=DEFAULT_MEMORY_BYTES, opener=opener, progress=progress
-    ):
-        rows = np.asarray(values, np.float32).reshape(-1, values.shape[-1])
-        low, high = rows.min(axis=0), rows.max(axis=0)
-        if name in found:
-            low, high = np.minimum(found[name][0], low), np.maximum(found[name][1], high)
-        found[name] = low, high
-    return found
+    budget = DEFAULT_MEMORY_BYTES if max_memory_bytes is None else max_memory_bytes
+    return _observed(
+        model, names, data, budget=budget, opener=_onnxruntime_opener(options), progress=progress
+    )
 
 
 def _observed(
@@ -119,8 +213,11 @@ def _observed(
     budget: int,
     opener: Callable[[Model], Runner],
     progress: Progress | None,
+    strict: bool = False,
+    announce: Callable[[CalibrationCost], None] | None = None,
+    batch_size: int = 1,
 ) -> Iterator[tuple[str, Array]]:
-    """(name, values) of every tensor for every batch, in segments that fit the budget."""
+    """(name, values) of every tensor for every batch, in segments that fit the budget (`strict`: or fail)."""
     if len(data) == 0:
         raise DataError("the calibration data holds no samples", where=data.name)
     check_observable(model, names)
@@ -136,12 +233,18 @@ def _observed(
         segment = segments.popleft()
         run = None  # closes the last session before the next one loads the weights again
         run = _Segment(model, segment, opener, fed) if segment else None
-        if run is not None and len(segment) > 1 and run.nbytes(largest) > budget:
+        needed = 0 if run is None or (len(segment) == 1 and not strict) else run.nbytes(largest)
+        if needed > budget and len(segment) > 1:
             half = len(segment) // 2
             segments.extendleft([segment[half:], segment[:half]])
             continue
+        if strict and needed > budget:
+            raise too_large(segment[0], needed, budget)
+        if announce is not None:
+            announce(_cost(run, largest, data, inputs=inputs, tensors=len(names), passes=1 + len(segments)))
+            announce = None
         total = done + len(data) * (1 + len(segments))
-        for feeds, count in data.batches(data.static_batch or 1):
+        for feeds, count in data.batches(data.static_batch or batch_size):
             for name in inputs:
                 yield name, feeds[name]
             if run is not None:
@@ -150,6 +253,28 @@ def _observed(
             if progress is not None:
                 progress(done, total)
         inputs = []
+
+
+def _cost(
+    run: _Segment | None,
+    largest: Feeds,
+    data: CalibrationData,
+    *,
+    inputs: Sequence[str],
+    tensors: int,
+    passes: int,
+) -> CalibrationCost:
+    """The cost of a calibration, as the largest sample has it in the first segment."""
+    fetched = 0
+    started = time.perf_counter()
+    for name in inputs:
+        Histogram().add(largest[name], name)
+    for name, values in () if run is None else run(largest):
+        Histogram().add(values, name)
+        fetched += values.nbytes
+    seconds = (time.perf_counter() - started) * passes * len(data) / (data.static_batch or 1)
+    memory_bytes = fetched + tensors * OBSERVER_BYTES
+    return CalibrationCost(seconds=seconds, memory_bytes=memory_bytes, passes=passes, samples=len(data))
 
 
 def check_observable(model: Model, names: Sequence[str]) -> None:

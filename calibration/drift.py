@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +17,7 @@ from . import metrics
 from .data import CalibrationData
 from .reference import Progress, ReferenceOutputs, run_batches
 from .representation import count_non_finite
+from .task_metrics import Answers, TaskMetric, label_metrics, own_metric, spearman_metric
 
 if TYPE_CHECKING:
     from ..runtimes.base import Runner
@@ -42,22 +44,15 @@ class OutputDrift(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_abs: float
 
 
-class TaskMetric(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A task metric against labels, as fractions (Spearman: the coefficient), and its change."""
-
-    name: str
-    baseline: float
-    candidate: float
-    change: float
-    change_interval: Interval | None = None
-
-
 class DriftReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was compared on which data, and how far apart the answers are.
 
     Metrics that do not apply are None. With several outputs `cosine`, `l2`, `sqnr_db` and
     `max_abs` are of the worst one. Where the candidate (or the reference) answers NaN or infinity,
     no metric is given at all.
+
+    Intervals are of 95 %: exact binomial for shares of samples, paired bootstrap over the samples with
+    a fixed seed for what is a mean or a ratio of sums over them.
 
     Attributes:
         samples: how many samples; `tokens` rows where each attended token counts.
@@ -86,8 +81,11 @@ class DriftReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cosine: float | None = None
     cosine_interval: Interval | None = None
     l2: float | None = None
+    l2_interval: Interval | None = None
     sqnr_db: float | None = None
+    sqnr_interval: Interval | None = None
     kl: float | None = None
+    kl_interval: Interval | None = None
     top1: float | None = None
     top1_interval: Interval | None = None
     top1_meaning: str | None = None
@@ -110,6 +108,7 @@ def measure_drift(
     *,
     batch_size: int = 1,
     reference_cache: ReferenceOutputs | None = None,
+    own_metrics: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> DriftReport:
     """Compare a candidate with the reference model, sample by sample.
@@ -121,29 +120,33 @@ def measure_drift(
         task: decides what is compared and which metrics apply.
         batch_size: samples per batch; a batch size that the model fixes wins.
         reference_cache: the reference's answers to the same data (`ReferenceOutputs.collect`).
+        own_metrics: the user's own metrics as `module:function` (see `task_metrics.own_metric`); for
+            them all compared outputs stay in memory.
         progress: called with (samples run, samples to run), reference and candidate apart.
 
     Raises:
         DataError: if there are no samples, a label is beyond the classes, or shapes differ.
+        RecipeError: if one of the user's own metrics cannot be called.
         InternalError: if `reference_cache` is of other data, task or batch size.
     """
     if reference_cache is not None:
         reference_cache.require_same(data, task, batch_size)
-        return _compare(reference_cache, candidate, data, task, progress)
+        return _compare(reference_cache, candidate, data, own_metrics, progress)
     with ReferenceOutputs.collect(
         reference, data, task, batch_size=batch_size, progress=progress
     ) as collected:
-        return _compare(collected, candidate, data, task, progress)
+        return _compare(collected, candidate, data, own_metrics, progress)
 
 
 def _compare(
     known: ReferenceOutputs,
     candidate: Runner,
     data: CalibrationData,
-    task: Task,
+    own_metrics: Sequence[str],
     progress: Progress | None,
 ) -> DriftReport:
-    sums = _Sums(task, keep_all=data.pairs is not None)
+    task = known.task
+    sums = _Sums(task, keep_all=data.pairs is not None, own_metrics=own_metrics)
     representation = known.representation
     if representation is None:
         raise DataError("the evaluation data holds no samples", where=data.name)
@@ -185,16 +188,34 @@ def _compare(
     return msgspec.structs.replace(facts, **sums.result(data))
 
 
+@dataclasses.dataclass(kw_only=True)
+class _PerSample:
+    """Figures of each sample, from which intervals are drawn: a few numbers a sample."""
+
+    error: list[float] = dataclasses.field(default_factory=list)
+    signal: list[float] = dataclasses.field(default_factory=list)
+    cosine: list[float] = dataclasses.field(default_factory=list)
+    rows: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, sums: metrics.ErrorSums, cosines: Array) -> None:
+        self.error.append(sums.error)
+        self.signal.append(sums.signal)
+        self.cosine.append(float(cosines.sum()))
+        self.rows.append(len(cosines))
+
+
 class _Sums:
     """What is added up over the samples; of class scores only the classes are kept."""
 
-    def __init__(self, task: Task, *, keep_all: bool) -> None:
+    def __init__(self, task: Task, *, keep_all: bool, own_metrics: Sequence[str] = ()) -> None:
         self._task = task
         self._keep_all = keep_all
+        self._own_metrics = own_metrics
+        self._answers: tuple[list[Mapping[str, Array]], list[Mapping[str, Array]]] = ([], [])
         self._kept_bytes = 0
         self._errors: dict[str, metrics.ErrorSums] = {}
-        self._cosines: dict[str, metrics.MeanSum] = {}
-        self._kl = metrics.MeanSum()
+        self._samples: dict[str, _PerSample] = {}
+        self._kl: list[tuple[float, int]] = []
         self._classes: tuple[list[Array], list[Array]] = ([], [])
         self._embeddings: tuple[list[Array], list[Array]] = ([], [])
         self._width = 0
@@ -208,8 +229,13 @@ class _Sums:
                     f"the models' outputs {name!r} differ in shape: {left.shape} and {right.shape}",
                     remedy="compare two forms of the same model",
                 )
-            self._errors.setdefault(name, metrics.ErrorSums()).add(left, right)
-            self._cosines.setdefault(name, metrics.MeanSum()).add(metrics.cosine_distances(left, right))
+            own = metrics.ErrorSums()
+            own.add(left, right)
+            self._errors.setdefault(name, metrics.ErrorSums()).join(own)
+            self._samples.setdefault(name, _PerSample()).add(own, metrics.cosine_distances(left, right))
+        if self._own_metrics:
+            for answers, given in zip(self._answers, (expected, sample), strict=True):
+                answers.append(given)
         left, right = (next(iter(rows.values())) for rows in (expected, sample))
         if self._task.kind == "embedding":
             self._keep(left, right)
@@ -217,7 +243,8 @@ class _Sums:
         self._width = left.shape[-1]
         if self._width == 1:  # one value: no class, and a distribution of one outcome
             return
-        self._kl.add(metrics.kl_divergences(left, right))
+        divergences = metrics.kl_divergences(left, right)
+        self._kl.append((float(divergences.sum()), len(divergences)))
         for classes, rows in zip(self._classes, (left, right), strict=True):
             classes.append(rows.argmax(axis=-1))
 
@@ -235,7 +262,7 @@ class _Sums:
         outputs = tuple(
             OutputDrift(
                 name=name,
-                cosine=self._cosines[name].mean,
+                cosine=self._cosine(name),
                 l2=_finite(errors.relative_l2),
                 sqnr_db=_finite(errors.sqnr_db),
                 max_abs=errors.max_abs,
@@ -243,17 +270,34 @@ class _Sums:
             for name, errors in self._errors.items()
         )
         worst = max(outputs, key=lambda drift: drift.cosine)
+        loudest = max(self._errors, key=lambda name: self._errors[name].relative_l2)
+        l2_interval = self._l2_interval(loudest)
+        cosines = self._samples[worst.name]
         fields: dict[str, Any] = {
             "outputs": outputs,
             "cosine": worst.cosine,
-            "cosine_interval": self._cosines[worst.name].interval,
-            "l2": _finite(max(errors.relative_l2 for errors in self._errors.values())),
+            "cosine_interval": _mean_interval(cosines.cosine, cosines.rows),
+            "l2": _finite(self._errors[loudest].relative_l2),
+            "l2_interval": l2_interval,
             "sqnr_db": _finite(min(errors.sqnr_db for errors in self._errors.values())),
+            "sqnr_interval": _in_decibels(l2_interval),
             "max_abs": max(drift.max_abs for drift in outputs),
         }
-        if self._task.kind == "embedding":
-            return fields | self._embedding_fields(data)
-        return fields | self._class_fields(data)
+        more = self._embedding_fields(data) if self._task.kind == "embedding" else self._class_fields(data)
+        if self._own_metrics:
+            before, after = (Answers(samples=tuple(kept)) for kept in self._answers)
+            own = tuple(own_metric(name, before, after, data) for name in self._own_metrics)
+            more["task_metrics"] = (*more.get("task_metrics", ()), *own)
+        return fields | more
+
+    def _cosine(self, name: str) -> float:
+        kept = self._samples[name]
+        return sum(kept.cosine) / max(sum(kept.rows), 1)
+
+    def _l2_interval(self, name: str) -> Interval | None:
+        kept = self._samples[name]
+        found = _mean_interval(kept.error, kept.signal)
+        return None if found is None else (math.sqrt(found[0]), math.sqrt(found[1]))
 
     def _embedding_fields(self, data: CalibrationData) -> dict[str, Any]:
         shapes = {rows.shape for rows in self._embeddings[0]}
@@ -266,11 +310,11 @@ class _Sums:
             meaning = f"same nearest neighbour (cosine) among {total} samples"
             fields = {
                 "top1": kept / total,
-                "top1_interval": metrics.wilson_interval(kept, total),
+                "top1_interval": metrics.binomial_interval(kept, total),
                 "top1_meaning": meaning,
             }
         if data.pairs is not None:
-            fields["task_metrics"] = (_spearman_metric(left, right, data),)
+            fields["task_metrics"] = (spearman_metric(left, right, data),)
         return fields
 
     def _class_fields(self, data: CalibrationData) -> dict[str, Any]:
@@ -278,83 +322,41 @@ class _Sums:
             return {}
         left, right = (np.concatenate(classes) for classes in self._classes)
         flipped, total = int((left != right).sum()), len(left)
+        flips_interval = metrics.binomial_interval(flipped, total)
+        if self._task.kind == "token-classification":  # tokens of one sample are no independent draws
+            changed = [int((a != b).sum()) for a, b in zip(*self._classes, strict=True)]
+            flips_interval = _mean_interval(changed, [len(rows) for rows in self._classes[0]])
+        divergences, rows = zip(*self._kl, strict=True)
         fields: dict[str, Any] = {
-            "kl": self._kl.mean,
+            "kl": sum(divergences) / max(sum(rows), 1),
+            "kl_interval": _mean_interval(divergences, rows),
             "top1": 1 - flipped / total,
-            "top1_interval": metrics.wilson_interval(total - flipped, total),
+            "top1_interval": None
+            if flips_interval is None
+            else (1 - flips_interval[1], 1 - flips_interval[0]),
             "top1_meaning": "same class",
             "flips": flipped / total,
-            "flips_interval": metrics.wilson_interval(flipped, total),
+            "flips_interval": flips_interval,
         }
         if self._task.kind == "token-classification":
             return fields | {"tokens": total}
         if data.labels is not None:
-            fields |= _label_fields(left, right, data, self._width)
+            lost, won, found = label_metrics(left, right, data, self._width)
+            fields |= {"correct_to_wrong": lost, "wrong_to_correct": won, "task_metrics": found}
         return fields
+
+
+def _mean_interval(totals: Sequence[float], weights: Sequence[float]) -> Interval | None:
+    return metrics.ratio_interval(np.asarray(totals, np.float64), np.asarray(weights, np.float64))
+
+
+def _in_decibels(l2: Interval | None) -> Interval | None:
+    """SQNR of relative L2, bounds exchanged; None where the error may be nothing."""
+    if l2 is None or l2[0] == 0:
+        return None
+    return -20 * math.log10(l2[1]), -20 * math.log10(l2[0])
 
 
 def _finite(value: float) -> float | None:
     """JSON knows no infinity."""
     return value if math.isfinite(value) else None
-
-
-def _label_fields(left: Array, right: Array, data: CalibrationData, classes: int) -> dict[str, Any]:
-    labels = data.labels
-    if labels is None or int(labels.max()) >= classes:
-        raise DataError(
-            f"label {None if labels is None else int(labels.max())} is beyond the model's {classes} classes",
-            where=data.name,
-            remedy="class indices start at 0 and follow the model's outputs",
-        )
-    was, now = left == labels, right == labels
-    lost, won, total = int((was & ~now).sum()), int((~was & now).sum()), len(labels)
-    accuracy = TaskMetric(
-        name="accuracy",
-        baseline=float(was.mean()),
-        candidate=float(now.mean()),
-        change=(won - lost) / total,
-        change_interval=metrics.paired_interval(lost, won, total),
-    )
-    before, after = metrics.f1_score(labels, left), metrics.f1_score(labels, right)
-    interval = metrics.bootstrap_interval(
-        lambda index: (
-            metrics.f1_score(labels[index], right[index]) - metrics.f1_score(labels[index], left[index])
-        ),
-        total,
-        rounds=200,
-    )
-    f1 = TaskMetric(
-        name="f1", baseline=before, candidate=after, change=after - before, change_interval=interval
-    )
-    return {
-        "correct_to_wrong": lost / total,
-        "wrong_to_correct": won / total,
-        "task_metrics": (accuracy, f1),
-    }
-
-
-def _spearman_metric(left: Array, right: Array, data: CalibrationData) -> TaskMetric:
-    """Spearman of the cosine of pooled embeddings against the scores, for both models."""
-    pairs = data.pairs
-    if pairs is None or len(pairs) < 2 or len(np.unique(pairs.score)) < 2:
-        raise DataError(
-            "Spearman needs at least two pairs with different scores",
-            where=data.name,
-            remedy="pass more pairs with --eval",
-        )
-    similar = [1 - metrics.cosine_distances(rows[pairs.first], rows[pairs.second]) for rows in (left, right)]
-    # Embeddings that are all alike order nothing: that counts as no correlation.
-    before, after = (np.nan_to_num(metrics.spearman(pairs.score, values)) for values in similar)
-    before, after = float(before), float(after)
-
-    def change(index: npt.NDArray[np.int64]) -> float:
-        scores = pairs.score[index]
-        return metrics.spearman(scores, similar[1][index]) - metrics.spearman(scores, similar[0][index])
-
-    return TaskMetric(
-        name="spearman",
-        baseline=before,
-        candidate=after,
-        change=after - before,
-        change_interval=metrics.bootstrap_interval(change, len(pairs), rounds=200),
-    )

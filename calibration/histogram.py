@@ -23,14 +23,17 @@ _MIN_EXPONENT, _MAX_EXPONENT = -100, 100
 Counts = npt.NDArray[np.int64]
 
 
-class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A histogram as it is stored: the counts from the first to the last bin that is not empty."""
+class HistogramState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A histogram as plain data: the counts from the first to the last bin that is not empty.
+
+    `minimum` and `maximum` are None where there is no value.
+    """
 
     exponent: int
     first_bin: int
     counts: list[int]
-    minimum: float
-    maximum: float
+    minimum: float | None
+    maximum: float | None
     zeros: int
     masked_low: int
     masked_high: int
@@ -150,22 +153,45 @@ class Histogram:
         high = np.minimum((index - SIDE_BINS + 1) * self.width, self.maximum)
         return low, np.maximum(low, high), counts[index].astype(np.float64)
 
-    def to_bytes(self) -> bytes:
-        """A compact form for `from_bytes`; the same histogram gives the same bytes."""
+    def state(self) -> HistogramState:
+        """The histogram as plain data; the same values give the same data."""
         index = np.flatnonzero(self.counts)
         first, last = (int(index[0]), int(index[-1]) + 1) if index.size else (0, 0)
-        return msgspec.msgpack.encode(
-            _State(
-                exponent=self.exponent,
-                first_bin=first,
-                counts=self.counts[first:last].tolist(),
-                minimum=self.minimum,
-                maximum=self.maximum,
-                zeros=self.zeros,
-                masked_low=self.masked_low,
-                masked_high=self.masked_high,
-            )
+        return HistogramState(
+            exponent=self.exponent,
+            first_bin=first,
+            counts=self.counts[first:last].tolist(),
+            minimum=self.minimum if index.size else None,
+            maximum=self.maximum if index.size else None,
+            zeros=self.zeros,
+            masked_low=self.masked_low,
+            masked_high=self.masked_high,
         )
+
+    @classmethod
+    def from_state(cls, state: HistogramState) -> Histogram:
+        """The histogram that `state` gave.
+
+        Raises:
+            DataError: if it contradicts itself.
+        """
+        if not _is_sound(state):
+            raise DataError("stored calibration ranges are damaged", remedy="calibrate again")
+        counts = np.zeros(2 * SIDE_BINS, np.int64)
+        counts[state.first_bin : state.first_bin + len(state.counts)] = state.counts
+        return cls(
+            exponent=state.exponent,
+            counts=counts,
+            minimum=math.inf if state.minimum is None else state.minimum,
+            maximum=-math.inf if state.maximum is None else state.maximum,
+            zeros=state.zeros,
+            masked_low=state.masked_low,
+            masked_high=state.masked_high,
+        )
+
+    def to_bytes(self) -> bytes:
+        """A compact form for `from_bytes`; the same histogram gives the same bytes."""
+        return msgspec.msgpack.encode(self.state())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Histogram:
@@ -175,24 +201,23 @@ class Histogram:
             DataError: if the bytes are not such a histogram.
         """
         try:
-            state = msgspec.msgpack.decode(data, type=_State)
+            state = msgspec.msgpack.decode(data, type=HistogramState)
         except msgspec.DecodeError as error:
             raise DataError("stored calibration ranges cannot be read", why=str(error)) from error
-        last = state.first_bin + len(state.counts)
-        sound = 0 <= state.first_bin <= last <= 2 * SIDE_BINS and min(state.counts, default=0) >= 0
-        if not sound or not _MIN_EXPONENT <= state.exponent <= _MAX_EXPONENT:
-            raise DataError("stored calibration ranges are damaged", remedy="calibrate again")
-        counts = np.zeros(2 * SIDE_BINS, np.int64)
-        counts[state.first_bin : last] = state.counts
-        return cls(
-            exponent=state.exponent,
-            counts=counts,
-            minimum=state.minimum,
-            maximum=state.maximum,
-            zeros=state.zeros,
-            masked_low=state.masked_low,
-            masked_high=state.masked_high,
-        )
+        return cls.from_state(state)
+
+
+def _is_sound(state: HistogramState) -> bool:
+    last = state.first_bin + len(state.counts)
+    counted = (*state.counts, state.zeros, state.masked_low, state.masked_high)
+    if not 0 <= state.first_bin <= last <= 2 * SIDE_BINS or not 0 <= min(counted) <= max(counted) < 2**62:
+        return False
+    if not _MIN_EXPONENT <= state.exponent <= _MAX_EXPONENT or sum(state.counts) >= 2**62:
+        return False
+    if state.minimum is None or state.maximum is None:
+        return state.minimum is state.maximum is None and not any(state.counts)
+    side = math.ldexp(float(SIDE_BINS), state.exponent)
+    return any(state.counts) and -side <= state.minimum <= state.maximum < side
 
 
 def _exponent_for(low: float, high: float) -> int:

@@ -59,6 +59,12 @@ class ErrorSums:
         self.signal += float((left * left).sum())
         self.max_abs = max(self.max_abs, float(np.abs(difference).max(initial=0.0)))
 
+    def join(self, other: ErrorSums) -> None:
+        """Add the sums of other values."""
+        self.error += other.error
+        self.signal += other.signal
+        self.max_abs = max(self.max_abs, other.max_abs)
+
     @property
     def relative_l2(self) -> float:
         """Norm of the difference over norm of the reference; inf where only the reference is zero."""
@@ -72,36 +78,6 @@ class ErrorSums:
         if self.error == 0:
             return math.inf
         return 10 * math.log10(self.signal / self.error) if self.signal > 0 else -math.inf
-
-
-@dataclasses.dataclass(kw_only=True)
-class MeanSum:
-    """A running mean with its 95 % interval (normal approximation)."""
-
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, values: Array) -> None:
-        """Add values of any shape."""
-        wide = values.astype(np.float64)
-        self.count += wide.size
-        self.total += float(wide.sum())
-        self.squares += float((wide * wide).sum())
-
-    @property
-    def mean(self) -> float:
-        """The mean; nan of nothing."""
-        return self.total / self.count if self.count else math.nan
-
-    @property
-    def interval(self) -> Interval | None:
-        """The 95 % interval of the mean, None for fewer than 2 values."""
-        if self.count < 2:
-            return None
-        variance = max(self.squares - self.total**2 / self.count, 0.0) / (self.count - 1)
-        half = _Z95 * math.sqrt(variance / self.count)
-        return self.mean - half, self.mean + half
 
 
 def is_probability(values: Array) -> bool:
@@ -143,14 +119,56 @@ def kl_divergences(reference: Array, candidate: Array) -> Floats:
     return result
 
 
-def wilson_interval(hits: int, total: int) -> Interval | None:
-    """95 % interval of a share, None of nothing. Source: Wilson 1927, JASA 22, 209-212."""
+def binomial_interval(hits: int, total: int) -> Interval | None:
+    """Exact 95 % interval of a share, None of nothing.
+
+    Source: Clopper and Pearson 1934, Biometrika 26, 404-413: the shares at which `hits` or more, and
+    `hits` or fewer, have a probability of 2.5 %.
+    """
     if total == 0:
         return None
-    share, z2 = hits / total, _Z95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    low = 0.0 if hits == 0 else _beta_quantile(0.025, hits, total - hits + 1)
+    high = 1.0 if hits == total else _beta_quantile(0.975, hits + 1, total - hits)
+    return low, high
+
+
+def _beta_quantile(probability: float, a: float, b: float) -> float:
+    """The point below which a beta distribution has this probability, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if incomplete_beta(middle, a, b) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def incomplete_beta(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), for 0 <= x <= 1 and positive a and b.
+
+    Source: the continued fraction of DLMF 8.17.22, evaluated from the front by Lentz's method.
+    """
+    if x <= 0 or x >= 1:
+        return 0.0 if x <= 0 else 1.0
+    if x > (a + 1) / (a + b + 2):  # where the fraction converges fast
+        return 1 - incomplete_beta(1 - x, b, a)
+    tiny = 1e-300
+    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    c, d = 1.0, 1 / max(1 - (a + b) * x / (a + 1), tiny)
+    value = d
+    for m in range(1, 100_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        change = 1.0
+        for term in (even, odd):
+            d = 1 / (1 + term * d or tiny)
+            c = 1 + term / c or tiny
+            value *= c * d
+            change = c * d
+        if abs(change - 1) < 1e-15:
+            break
+    return math.exp(front) * value / a
 
 
 def paired_interval(lost: int, won: int, total: int) -> Interval | None:
@@ -225,6 +243,35 @@ def bootstrap_interval(
     if known.size < rounds // 2:
         return None
     low, high = np.quantile(known, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def ratio_interval(
+    numerators: Floats, denominators: Floats, *, seed: int = 0, rounds: int = 1000
+) -> Interval | None:
+    """95 % bootstrap interval of sum / sum over resampled samples; of a mean with denominators of 1.
+
+    Both sums are of the same resample, so that it is paired. None for fewer than 2 samples, or where
+    a denominator becomes 0. Source: Efron and Tibshirani 1993, chapter 13.
+
+    Args:
+        numerators: one figure for each sample, shape (samples,), finite.
+        denominators: shape (samples,), not negative.
+        seed: of the resamples.
+        rounds: how many resamples.
+    """
+    total = len(numerators)
+    if total < 2:
+        return None
+    random = np.random.default_rng(seed)
+    values = np.empty(rounds)
+    for place in range(rounds):
+        index = random.integers(0, total, total)
+        below = float(denominators[index].sum())
+        if below <= 0:
+            return None
+        values[place] = float(numerators[index].sum()) / below
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -26,9 +26,11 @@ from .fuse.scores import ScoreScale, SharedBias, ZeroMask
 from .operands import FORM_OPSETS, RECURRENT_OPS, is_liftable
 from .plan import Plan
 from .quantize.blocks import QuantizeBlocks
+from .quantize.constants import Rounding
 from .quantize.dynamic import QuantizeDynamic, QuantizeTables
 from .quantize.recurrent import QuantizeRecurrent
 from .quantize.static import QuantizeStatic, Ranges, static_layout
+from .typed.apply import typed_passes
 
 _FUSION_OPSET = 20
 """Gelu became an operator in 20, LayerNormalization in 17."""
@@ -95,13 +97,16 @@ def _spelled_out(model: Model) -> bool:
     return "ReduceMean" in ops and bool(ops & {"Sqrt", "Pow"})
 
 
-def apply_plan(model: Model, plan: Plan, ranges: Ranges | None = None) -> tuple[Model, list[PassRecord]]:
+def apply_plan(
+    model: Model, plan: Plan, ranges: Ranges | None = None, rounding: Rounding | None = None
+) -> tuple[Model, list[PassRecord]]:
     """A fork of `model` with the plan carried out.
 
     Args:
         model: the fused float graph that the plan was made for.
         plan: the decisions.
         ranges: tensor name -> (minimum, maximum) for static decisions.
+        rounding: node name -> the integers of its weight, where they are not the nearest.
 
     Returns:
         The quantized model (the original is untouched) and what each pass did.
@@ -112,7 +117,11 @@ def apply_plan(model: Model, plan: Plan, ranges: Ranges | None = None) -> tuple[
     if "static" in forms:
         # Laid out before an old operator set is lifted, as the ranges were: lifting may lose shapes.
         layout = static_layout(model, plan.decisions)
-        passes.append(QuantizeStatic(decisions=plan.decisions, layout=layout, ranges=ranges or {}))
+        passes.append(
+            QuantizeStatic(
+                decisions=plan.decisions, layout=layout, ranges=ranges or {}, rounding=rounding or {}
+            )
+        )
     if "dynamic" in forms:
         recurrent = {item.op in RECURRENT_OPS for item in plan.decisions if item.form == "dynamic"}
         passes += [QuantizeRecurrent(decisions=plan.decisions)] if True in recurrent else []
@@ -120,4 +129,4 @@ def apply_plan(model: Model, plan: Plan, ranges: Ranges | None = None) -> tuple[
     if "weight-only" in forms:
         passes += [QuantizeTables(decisions=plan.decisions), QuantizeBlocks(decisions=plan.decisions)]
     lowered = model.fork()
-    return lowered, run_passes(lowered, passes)
+    return lowered, run_passes(lowered, [*passes, *typed_passes(plan.decisions)])

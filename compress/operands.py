@@ -63,8 +63,18 @@ TABLE_OPS = frozenset({"Gather", "Slice"})
 FLOAT_OUTPUT_OPS = frozenset({"MatMul"})
 """Operators whose integer kernels scale their result back to float at no cost."""
 
-FORM_OPSETS: Mapping[Form, int] = {"float": 0, "weight-only": 0, "dynamic": 11, "static": 13}
-"""The operator set that a form needs: DynamicQuantizeLinear came with 11, scales per axis with 13."""
+FORM_OPSETS: Mapping[Form, int] = {
+    "float": 0,
+    "weight-only": 0,
+    "dynamic": 11,
+    "static": 13,
+    "fp16": 7,
+    "bf16": 13,
+    "fp16-storage": 6,
+    "bf16-storage": 13,
+}
+"""The operator set that a form needs: DynamicQuantizeLinear came with 11, scales per axis with 13, as
+did Casts of bfloat16; Casts are told their type by number since 6."""
 
 _QUANTIZED_OPS = frozenset(
     {

@@ -15,6 +15,11 @@ from .operands import TABLE_OPS
 SCHEMA_VERSION = 1
 
 PlannedQuantization = Literal["none", "dynamic", "static", "weight-only", "mixed"]
+PlannedPrecision = Literal["int8", "fp32", "fp16", "bf16", "fp16-storage", "bf16-storage"]
+
+TYPED_FORMS: tuple[PlannedPrecision, ...] = ("fp16", "bf16", "fp16-storage", "bf16-storage")
+"""Forms in 16-bit floats; a plan with one that computes in them is named for that one."""
+_NOT_INTEGER: frozenset[str] = frozenset({"float", *TYPED_FORMS})
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,7 +56,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     schema_version: int = SCHEMA_VERSION
     target: str
-    precision: Literal["int8", "fp32"]
+    precision: PlannedPrecision
     quantization: PlannedQuantization
     decisions: tuple[Decision, ...]
     passes: tuple[PassRecord, ...] = ()
@@ -60,18 +65,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups that are quantized, in plan order."""
+        """The groups that are not plain float32, in plan order."""
         return tuple(dict.fromkeys(item.group for item in self.decisions if item.form != "float"))
 
     def quantized(self) -> tuple[Decision, ...]:
-        """The decisions that are not float."""
-        return tuple(item for item in self.decisions if item.form != "float")
+        """The decisions for integers."""
+        return tuple(item for item in self.decisions if item.form not in _NOT_INTEGER)
 
     def with_decisions(self, decisions: Iterable[Decision]) -> Plan:
         """The plan with other decisions; precision and quantization follow from them."""
         made = tuple(decisions)
-        quantization = quantization_of(made)
-        precision: Literal["int8", "fp32"] = "fp32" if quantization == "none" else "int8"
+        quantization, forms = quantization_of(made), {item.form for item in made}
+        typed: PlannedPrecision = next((form for form in TYPED_FORMS if form in forms), "fp32")
+        precision: PlannedPrecision = typed if quantization == "none" else "int8"
         return msgspec.structs.replace(self, decisions=made, quantization=quantization, precision=precision)
 
     def revert(self, groups: frozenset[str], reason: str) -> Plan:
@@ -92,9 +98,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def quantization_of(decisions: Iterable[Decision]) -> PlannedQuantization:
     """The one form of what is quantized, or "mixed"; tables count only where nothing else is."""
-    quantized = [item for item in decisions if item.form != "float"]
+    quantized = [item for item in decisions if item.form not in _NOT_INTEGER]
     forms = {item.form for item in quantized if item.op not in TABLE_OPS} or {item.form for item in quantized}
     if len(forms) > 1:
         return "mixed"
     form: Form = next(iter(forms), "float")
-    return "none" if form == "float" else form
+    if form == "dynamic" or form == "static" or form == "weight-only":  # noqa: PLR1714 - narrows the type
+        return form
+    return "none"

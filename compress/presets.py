@@ -9,9 +9,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 PRESETS: Mapping[str, Mapping[str, int | None]] = {
-    "quick": {"samples": 128, "eval_samples": 128, "ranking_samples": 4, "benchmark_rounds": 2},
-    "default": {"samples": None, "eval_samples": None, "ranking_samples": 16, "benchmark_rounds": 5},
-    "extensive": {"samples": None, "eval_samples": None, "ranking_samples": 64, "benchmark_rounds": 15},
+    "quick": {
+        "samples": 128,
+        "eval_samples": 128,
+        "ranking_samples": 32,
+        "benchmark_rounds": 2,
+        "measure_seconds": 3,
+    },
+    "default": {
+        "samples": None,
+        "eval_samples": None,
+        "ranking_samples": 128,
+        "benchmark_rounds": 5,
+        "measure_seconds": 10,
+    },
+    "extensive": {
+        "samples": None,
+        "eval_samples": None,
+        "ranking_samples": 512,
+        "benchmark_rounds": 15,
+        "measure_seconds": 60,
+    },
 }
 
 
@@ -24,5 +42,6 @@ def preset_line(name: str) -> str:
 
     return (
         f"{name}: {data('samples')} samples to calibrate on, {data('eval_samples')} to measure drift on, "
-        f"{fields['ranking_samples']} to rank layers on, {fields['benchmark_rounds']} rounds of timing"
+        f"{fields['ranking_samples']} to rank layers on, {fields['benchmark_rounds']} rounds of timing, "
+        f"{fields['measure_seconds']} s of timing operators"
     )

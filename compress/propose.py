@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
+import msgspec
 import onnx_ir as ir
 
 from ..graph.edit import is_constant, only_use, rank
+from ..graph.errors import InternalError
 from ..graph.model import Model
-from ..graph.scheme import Scheme
-from ..targets.profile import Form, Kernel, TargetProfile
+from ..graph.scheme import IntegerType, Scheme
+from ..targets.profile import Form, TargetProfile
+from .choice import UNMEASURED_REMEDY, Choice, Verdict, choose_kernel, does_not_pay, unmeasured
 from .cost import bind_axes, led_by_convolutions, node_macs
 from .operands import (
     ABSORBED_OPS,
@@ -42,21 +45,24 @@ from .operands import (
 )
 from .plan import Decision, Plan
 
-__all__ = ["Request", "is_quantized", "propose"]
+__all__ = ["Request", "alternatives", "is_quantized", "propose"]
 
 _SMALL_TABLE_BYTES = 1 << 14
 _HEAD_SHARE = 0.01
 _STATIC_REMEDY = "pass --quantization static with --calib DATA"
 _DYNAMIC_REMEDY = "pass --quantization auto or dynamic"
 _WORKING_OPS = COMPUTE_OPS | RECURRENT_OPS
+_OTHER_FORMS: Mapping[Form, tuple[Form, ...]] = {"dynamic": ("weight-only",), "static": ("dynamic",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user asked of quantization.
+    """What the user asked of quantization, and what is settled already.
 
     `keep_float` are regular expressions searched in node and weight names; `calibrated` says that
-    data for static ranges is there; `shapes` fixes input shapes for counting work.
+    data for static ranges is there; `shapes` fixes input shapes for counting work. `allow_unmeasured`
+    takes lowerings that have no evidence at all; `verdicts` are forms of nodes that were timed or
+    pinned, `static_activation` the type of static activations, both in place of the profile's word.
     """
 
     quantization: Literal["auto", "dynamic", "static", "weight-only"] = "auto"
@@ -64,6 +70,9 @@ class Request:
     calibrated: bool = False
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     tables: bool = True
+    allow_unmeasured: bool = False
+    verdicts: Mapping[str, Verdict] = dataclasses.field(default_factory=dict)
+    static_activation: IntegerType | None = None
 
 
 def propose(model: Model, profile: TargetProfile, request: Request) -> Plan:
@@ -85,6 +94,25 @@ def propose(model: Model, profile: TargetProfile, request: Request) -> Plan:
     return plan.with_decisions(decisions)
 
 
+def alternatives(model: Model, profile: TargetProfile, request: Request) -> dict[str, tuple[Decision, ...]]:
+    """Of every node that the plan quantizes: its decision, and those for other forms it could take.
+
+    Products that are dynamic may also be weight-only, which is more exact; a static product of a net of
+    convolutions may be dynamic. Forms that the profile refuses or knows to be slower are left out.
+    """
+    proposer = _Proposer(model, profile, dataclasses.replace(request, allow_unmeasured=True))
+    found: dict[str, tuple[Decision, ...]] = {}
+    nodes = {node.name: node for node in model.graph.all_nodes() if node.op_type in _WORKING_OPS}
+    for decision in proposer.decide():
+        node = nodes.get(decision.node)
+        if node is None or decision.form == "float":
+            continue
+        others = _OTHER_FORMS.get(decision.form, ()) if request.quantization == "auto" else ()
+        made = [proposer.in_form(node, form) for form in others if node.op_type == "MatMul"]
+        found[decision.node] = (decision, *(item for item in made if item.form != "float"))
+    return found
+
+
 class _Proposer:
     def __init__(self, model: Model, profile: TargetProfile, request: Request) -> None:
         self.model = model
@@ -93,8 +121,9 @@ class _Proposer:
         self.sizes = bind_axes(model, request.shapes)
         self.patterns = [re.compile(text) for text in request.keep_float]
         self.matched: set[re.Pattern[str]] = set()
-        self.static_activation = _static_activation(profile)
+        self.static_activation = _static_activation(profile, request.static_activation)
         self.made_in_integers: set[str] = set()
+        self.read_as_integers: set[ir.Value] = set()
         self.liftable: dict[int, bool] = {}
         self.computed_once = computed_once(model)
         compute = [node for node in model.graph.all_nodes() if node.op_type in _WORKING_OPS]
@@ -121,6 +150,8 @@ class _Proposer:
                 continue
             if decision is None:
                 continue
+            if decision.form == "static":
+                self.read_as_integers.update(data_operands(node))
             if decision.form == "static" and node.op_type not in FLOAT_OUTPUT_OPS:
                 self.made_in_integers.add(decision.node)
             decisions.append(decision)
@@ -166,14 +197,23 @@ class _Proposer:
             return self.stays(node, "it stands in the body of a control-flow operator")
         if form == "static" and self.is_head(node):
             return self.stays(node, "the last layer: under 1 % of the work, and 8-bit scores flip classes")
-        return self.in_form(node, form)
+        return self.as_settled(node, form)
+
+    def as_settled(self, node: ir.Node, form: Form) -> Decision:
+        """In the form that a verdict names, else in `form`."""
+        verdict = self.request.verdicts.get(node.name or "")
+        if verdict is None:
+            return self.in_form(node, form)
+        if verdict.form == "float":
+            return self.stays(node, verdict.reason)
+        return self.in_form(node, verdict.form)
 
     def computed_product(self, node: ir.Node) -> str | None:
         """Why the target multiplies two computed tensors (attention) in float, or None if that is not it."""
         if node.op_type != "MatMul" or any(is_constant(value) for value in node.inputs):
             return None
         form: Form = "static" if self.request.quantization == "static" else "dynamic"
-        return self.kernel_or_refusal("MatMul:computed", form)[1] or None
+        return self.choice("MatMul:computed", form).refusal or None
 
     def recurrent(self, node: ir.Node) -> Decision:
         """LSTM, GRU and RNN: dynamic, for their state has no calibrated range."""
@@ -186,7 +226,7 @@ class _Proposer:
         if self.request.quantization in ("static", "weight-only"):
             reason = f"{self.profile.name} has no {self.request.quantization} kernel for {node.op_type}"
             return self.stays(node, reason, _DYNAMIC_REMEDY)
-        return self.in_form(node, "dynamic")
+        return self.as_settled(node, "dynamic")
 
     def is_head(self, node: ir.Node) -> bool:
         """Whether a node is the small classifier at the very end."""
@@ -219,44 +259,46 @@ class _Proposer:
         if not self.is_liftable(FORM_OPSETS[form]):
             reason = f"operator set {self.model.opset} cannot be lifted to the {FORM_OPSETS[form]} it needs"
             return self.stays(node, reason, f"export the model with opset {FORM_OPSETS[form]} or newer")
-        kernel, refusal = self.kernel_or_refusal(node.op_type, form)
-        remedy = self.remedy_static(node) if form != "static" else None
-        if kernel is None:
-            return self.stays(node, refusal, remedy)
-        return self.decision(node, form, kernel)
+        verdict = self.request.verdicts.get(node.name or "")
+        if verdict is not None and verdict.form == form:
+            found = choose_kernel(self.profile, node.op_type, form, self.static_activation)
+        else:
+            verdict, found = None, self.choice(node.op_type, form)
+        if found.kernel is None:
+            remedy = self.remedy_static(node) if form != "static" else None
+            return self.stays(node, found.refusal, found.remedy or remedy)
+        decision = self.decision(node, form, found)
+        if verdict is None:
+            return decision
+        return msgspec.structs.replace(
+            decision,
+            reason=f"kernel {found.kernel.name}: {verdict.reason}",
+            evidence=verdict.evidence,
+            source=verdict.source,
+        )
 
     def is_liftable(self, opset: int) -> bool:
         if opset not in self.liftable:
             self.liftable[opset] = is_liftable(self.model, opset)
         return self.liftable[opset]
 
-    def kernel_or_refusal(self, op: str, form: Form) -> tuple[Kernel | None, str]:
+    def choice(self, op: str, form: Form) -> Choice:
         """The kernel that the lowering of `form` uses, if the target has it and it pays; else why not."""
-        activation = self.static_activation
-        if form == "static" and activation is not None:
-            asymmetric = None if activation.symmetric else False
-            weight: Literal["int8"] | None = "int8" if op in COMPUTE_OPS else None
-            kernel = self.profile.kernel(
-                op, form, activation=activation.dtype, weight=weight, symmetric_activation=asymmetric
-            )
-            why = self.profile.refusal(
-                op, form, activation=activation.dtype, weight=weight, symmetric_activation=asymmetric
-            )
-        elif form == "weight-only":
-            kernel = self.profile.kernel(op, form, weight="uint8", granularity="block")
-            why = self.profile.refusal(op, form, weight="uint8", granularity="block")
-        else:
-            kernel = self.profile.kernel(op, form, weight="int8")
-            why = self.profile.refusal(op, form, weight="int8")
-        if kernel is None:
-            return None, why or f"{self.profile.name} has no {form} kernel for {op}"
-        speedup = kernel.speedup_over_float
-        if speedup is not None and speedup < 1.0:
-            return None, f"in {form} form it runs at {speedup:.2f}x of float here ({kernel.source})"
-        return kernel, ""
+        found = choose_kernel(self.profile, op, form, self.static_activation)
+        if found.kernel is None:
+            return found
+        slow = does_not_pay(found.kernel)
+        if slow is not None:
+            return Choice(refusal=slow)
+        if op in _WORKING_OPS and found.evidence == "none" and not self.request.allow_unmeasured:
+            return Choice(refusal=unmeasured(op, form, self.profile.name), remedy=UNMEASURED_REMEDY)
+        return found
 
-    def decision(self, node: ir.Node, form: Form, kernel: Kernel) -> Decision:
+    def decision(self, node: ir.Node, form: Form, found: Choice) -> Decision:
         """The decision to compute `node` in integers, or (weight-only) with a weight in blocks."""
+        kernel = found.kernel
+        if kernel is None:
+            raise InternalError("a decision needs a kernel", where=node.name)
         activation = weight_scheme = None
         if form == "static":
             activation = self.static_activation
@@ -285,8 +327,8 @@ class _Proposer:
             weight_scheme=weight_scheme,
             weight=weight_name(node),
             reason=f"kernel {kernel.name} ({kernel.grade}{speed})",
-            evidence=kernel.evidence,
-            source=kernel.source,
+            evidence=found.evidence,
+            source=found.source,
             macs=self.macs(node),
         )
 
@@ -354,8 +396,10 @@ class _Proposer:
         problem = unfit_carried(node, self.static_activation)
         if problem is not None:
             return self.stays(node, problem)
-        kernel, refusal = self.kernel_or_refusal(node.op_type, "static")
-        return self.stays(node, refusal) if kernel is None else self.decision(node, "static", kernel)
+        found = self.choice(node.op_type, "static")
+        return (
+            self.stays(node, found.refusal) if found.kernel is None else self.decision(node, "static", found)
+        )
 
     def island(self, node: ir.Node) -> Decision | None:
         """An operator that computes in float between integer ones: the decision only says why."""
@@ -364,12 +408,17 @@ class _Proposer:
         if node.op_type == "Pad":
             return self.stays(node, "its border is neither zero nor taken from the image")
         op = f"Resize:{resize_mode(node)}" if node.op_type == "Resize" else node.op_type
-        return self.stays(node, self.kernel_or_refusal(op, "static")[1] or f"no lowering of {op} is known")
+        return self.stays(node, self.choice(op, "static").refusal or f"no lowering of {op} is known")
 
     def stands_between_integers(self, node: ir.Node) -> bool:
-        """Whether all that a node computes with comes out of integer kernels."""
-        operands = data_operands(node)
-        return bool(operands) and all(self.comes_from_integers(value) for value in operands)
+        """Whether all that a node computes with comes out of integer kernels.
+
+        All but one operand may be made in float, if an integer kernel reads it, too: then its integers
+        are there in any case.
+        """
+        made = [self.comes_from_integers(value) for value in data_operands(node)]
+        read = [value in self.read_as_integers for value in data_operands(node)]
+        return any(made) and all(made[place] or read[place] for place in range(len(made)))
 
     def is_absorbed(self, node: ir.Node) -> bool:
         """Whether a Relu disappears in the quantization of the integer kernel's result in front of it."""
@@ -390,9 +439,9 @@ class _Proposer:
         return node is not None
 
 
-def _static_activation(profile: TargetProfile) -> Scheme | None:
+def _static_activation(profile: TargetProfile, asked: IntegerType | None) -> Scheme | None:
     """The one activation scheme of a static plan: tensors between two operators have one type."""
-    dtype = profile.static_activation_type
+    dtype = asked or profile.static_activation_type
     if dtype is None:
         return None
     free = [

@@ -13,20 +13,23 @@ import msgspec
 import tomli_w
 
 from ..graph.errors import OutputError, RecipeError
+from ..targets.profile import Form
 from .drift_limit import DriftLimit as DriftLimit  # noqa: PLC0414 - a part of the recipe's own form
 from .drift_limit import check_metrics_once
 
 SCHEMA_VERSION = 1
 
-Precision = Literal["auto", "int8", "bf16", "fp16", "fp32"]
+Precision = Literal["auto", "int8", "bf16", "bf16-compute", "fp16", "fp32"]
 Quantization = Literal["auto", "dynamic", "static", "weight-only"]
 CalibMethod = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 SkippableStage = Literal["drift", "benchmark", "golden"]
 GoldenSource = Literal["generated", "data"]
+StaticActivation = Literal["uint8", "int8"]
 
 # A change to any other field makes the pinned choices answers to another question.
 _FIELDS_PINS_SURVIVE = frozenset(
-    {"schema_version", "skip", "golden", "trust_code", "benchmark_rounds", "pins"}
+    {"schema_version", "skip", "golden", "trust_code", "benchmark_rounds", "measure_seconds"}
+    | {"max_memory_bytes", "pins"}
 )
 Shape = tuple[int, ...]
 
@@ -44,7 +47,9 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     `model_sha256` and `data_sha256` say for which source graph and which calibration data the
     choices hold; `ranges_sha256` is the digest of the calibrated ranges, so that a replay can
     tell that it reached the same ones. `reverted` names the groups of nodes that went back to
-    float for the drift limit, `fusions` says of each timed fusion whether it was kept.
+    float for the drift limit, `fusions` says of each timed fusion whether it was kept. `forms` holds
+    node by node what timing chose against the target's tables, `static_activation` the type of static
+    activations where it is not the profile's, `session_config` the entries that were the fastest.
     """
 
     model_sha256: str
@@ -53,6 +58,9 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     quantization: Quantization | None = None
     calib_method: CalibMethod | None = None
     fusions: dict[str, bool] = {}
+    forms: dict[str, Form] = {}
+    static_activation: StaticActivation | None = None
+    session_config: dict[str, str] | None = None
     reverted: tuple[str, ...] = ()
     rolled_back: tuple[str, ...] = ()
     ranges_sha256: str | None = None
@@ -64,10 +72,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `keep_float` holds regular expressions searched in node and weight names. `shapes` fixes input
     shapes for calibration inputs, counting and timing; `shape_ranges` adds the least and the largest
     shape to some of them. `threads` is what drift and benchmark run with. `samples` bounds the
-    calibration samples, `eval_samples` those that drift is measured on (None: all that the data
-    holds). `ranking_samples` are run for each group of nodes when a drift limit is exceeded and the
-    worst are looked for; `benchmark_rounds` counts interleaved pairs of sessions. `fusions` switches
-    single fusion rules on or off. `pins` is absent in a recipe that a person wrote.
+    calibration samples, `max_memory_bytes` what calibrating static ranges holds, `eval_samples` those
+    that drift is measured on (None: all that the data holds). `ranking_samples` are those that finding
+    the worst groups of nodes may cost three forwards each, when a drift limit is exceeded;
+    `benchmark_rounds` counts interleaved pairs of sessions. `fusions` switches single fusion rules on
+    or off. `measure_seconds` bounds the timing of operators and switches on the host that the plan is
+    made from (0: by the profile alone); `allow_unmeasured` takes lowerings that nothing is known of.
+    `pins` is absent in a recipe that a person wrote.
 
     Raises:
         RecipeError: if a field's value is out of its range or not a valid regular expression.
@@ -85,9 +96,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     shape_ranges: dict[str, ShapeRange] = {}
     threads: int = 1
     samples: int | None = None
+    max_memory_bytes: int | None = None
     eval_samples: int | None = None
-    ranking_samples: int = 16
+    ranking_samples: int = 128
     benchmark_rounds: int = 5
+    measure_seconds: int = 10
+    allow_unmeasured: bool = False
     seed: int = 0
     skip: tuple[SkippableStage, ...] = ()
     golden: GoldenSource = "generated"
@@ -99,10 +113,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         _check_version(self.schema_version, "schema_version")
         _check_at_least(self.threads, 1, "threads")
-        for field in ("samples", "eval_samples", "ranking_samples", "benchmark_rounds"):
+        for field in ("samples", "max_memory_bytes", "eval_samples", "ranking_samples", "benchmark_rounds"):
             value = getattr(self, field)
             if value is not None:
                 _check_at_least(value, 1, field)
+        _check_at_least(self.measure_seconds, 0, "measure_seconds")
         if not 0 <= self.seed < 2**32:
             raise _bad_value("seed", self.seed, "a whole number from 0 to 4294967295")
         if not self.target:

@@ -23,6 +23,7 @@ from ..export.manifest import (
 from ..export.samples import inputs_of_shapes
 from ..graph.errors import DataError
 from .input_shapes import extreme_shapes, input_shapes, shape_ranges
+from .pareto import RUN_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ..targets.profile import Evidence, TargetProfile
     from .candidate import Candidate
     from .data_sets import DataSets
+    from .pareto import ParetoTable
     from .reporter import Reporter
 
 _GOLDEN_SAMPLES = 3
@@ -80,11 +82,12 @@ def bundle(
     sets: DataSets,
     drift: DriftReport | None,
     timing: BenchmarkResult | None,
+    pareto: ParetoTable | None,
     evidence: Evidence,
     overwrite: bool,
     reporter: Reporter,
 ) -> Path:
-    """Write the bundle atomically, and the benchmark into its runs/."""
+    """Write the bundle atomically; the benchmark and what was measured on the way into its runs/."""
     with reporter.stage("golden samples"):
         golden = golden_samples(candidate, recipe, sets.evaluate)
     manifest = Manifest(
@@ -105,6 +108,7 @@ def bundle(
         evidence=evidence,
         precision=PrecisionSummary(
             requested=recipe.precision,
+            form=candidate.plan.precision,
             quantization=candidate.plan.quantization,
             operators=dict(sorted(Counter(item.form for item in candidate.plan.decisions).items())),
         ),
@@ -129,6 +133,8 @@ def bundle(
             append_run(
                 place, "benchmark", {"where": "the machine that compiled", **msgspec.to_builtins(timing)}
             )
+        if pareto is not None:
+            append_run(place, RUN_NAME, msgspec.to_builtins(pareto))
     return place
 
 

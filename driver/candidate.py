@@ -12,6 +12,7 @@ import numpy as np
 from ..compress.audit import Audit, audit, demote_silent_floats
 from ..compress.lower import apply_plan, fusion_passes
 from ..compress.quantize.static import static_layout
+from ..compress.sensitivity_graphs import missing_ranges
 from ..export.samples import candidate_inputs, inputs_of_shapes
 from ..graph.cleanup import exact_cleanup
 from ..graph.errors import EdgepressError, InternalError, ModelError, RecipeError, UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..calibration.data import CalibrationData
     from ..compress.plan import Plan
+    from ..compress.quantize.constants import Rounding
     from ..compress.quantize.static import Ranges
     from ..compress.recipe import Recipe
     from ..graph.model import Model
@@ -41,7 +43,11 @@ _DISABLE_KEY = "optimization.disable_specified_optimizers"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A model in the form that would ship: graph, plan, file, options, and the runtime's view of it."""
+    """A model in the form that would ship: graph, plan, file, options, and the runtime's view of it.
+
+    `prepared` is the float graph that it was lowered from, with the ranges of what is static
+    and the weights that are not rounded to nearest.
+    """
 
     model: Model
     plan: Plan
@@ -49,6 +55,9 @@ class Candidate:
     files: tuple[Path, ...]
     config: dict[str, str]
     audit: Audit
+    prepared: Model | None = None
+    ranges: Ranges = dataclasses.field(default_factory=dict, repr=False)
+    rounding: Rounding = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def file_bytes(self) -> int:
@@ -184,16 +193,19 @@ def build(
     folder: Path,
     *,
     with_shapes: bool = False,
+    rounding: Rounding | None = None,
 ) -> Candidate:
     """Carry a plan out, write the file, and look up in the runtime's graph what it makes of it.
 
     Nodes that the runtime would compute in float although they were planned in integers are taken
     back to float, with that reason, and the file is made again.
     """
-    candidate = _write(prepared, plan, ranges, profile, folder, with_shapes=with_shapes)
+    candidate = _write(prepared, plan, ranges, profile, folder, with_shapes=with_shapes, rounding=rounding)
     while candidate.audit.silent_floats:  # ends: every round takes at least one node out of the plan
         plan = demote_silent_floats(plan, candidate.audit)
-        candidate = _write(prepared, plan, ranges, profile, folder, with_shapes=with_shapes)
+        candidate = _write(
+            prepared, plan, ranges, profile, folder, with_shapes=with_shapes, rounding=rounding
+        )
     config = dict(profile.session_config)
     slow = [
         optimizer
@@ -206,18 +218,34 @@ def build(
 
 
 def _write(
-    prepared: Model, plan: Plan, ranges: Ranges, profile: TargetProfile, folder: Path, *, with_shapes: bool
+    prepared: Model,
+    plan: Plan,
+    ranges: Ranges,
+    profile: TargetProfile,
+    folder: Path,
+    *,
+    with_shapes: bool,
+    rounding: Rounding | None,
 ) -> Candidate:
     layout = static_layout(prepared, plan.decisions)
+    ranges = {**ranges, **missing_ranges(prepared, layout.observed, ranges)}
     missing = [name for name in layout.observed if name not in ranges]
     if missing:
         raise InternalError("tensors were not calibrated", where=", ".join(missing[:5]))
-    lowered, records = apply_plan(prepared, plan, ranges)
+    lowered, records = apply_plan(prepared, plan, ranges, rounding)
     folder.mkdir(parents=True, exist_ok=True)
     files = tuple(save_model(lowered, folder / "model.onnx", with_shapes=with_shapes))
     done = msgspec.structs.replace(plan, passes=(*plan.passes, *records))
     return Candidate(
-        model=lowered, plan=done, file=files[0], files=files, config={}, audit=audit(files[0], plan, profile)
+        model=lowered,
+        plan=done,
+        file=files[0],
+        files=files,
+        config={},
+        audit=audit(files[0], plan, profile),
+        prepared=prepared,
+        ranges=ranges,
+        rounding=rounding or {},
     )
 
 

@@ -106,7 +106,9 @@ SEED = Option(
 MAX_DRIFT = Option(
     flags=("--max-drift",),
     metavar="[METRIC=]LIMIT[,…]",
-    help="drift limits, such as 1%, cosine=1%,flips=0.02 or sqnr=30dB",
+    help="drift limits, such as 1%, cosine=1%,flips=0.02, sqnr=30dB or accuracy=0.01abs; a task metric "
+    "(accuracy, f1, spearman, or your own as module:function) may lose that part of the baseline's figure, "
+    "with abs that much of the metric itself",
 )
 TRUST_CODE = Option(
     flags=("--trust-code",),
@@ -160,6 +162,12 @@ COMPILE = Command(
         ),
         Option(flags=SAMPLES.flags, kind="integer", metavar="N", help="calibrate on at most N samples"),
         Option(
+            flags=("--max-memory",),
+            metavar="SIZE",
+            help="bound of calibration's own memory (activations fetched at a time, and counts) for static "
+            "ranges, such as 512MB: a smaller one takes more passes over the data",
+        ),
+        Option(
             flags=("--eval-samples",),
             kind="integer",
             metavar="N",
@@ -169,13 +177,30 @@ COMPILE = Command(
             flags=("--ranking-samples",),
             kind="integer",
             metavar="N",
-            help="samples that layers are ranked on when a drift limit is exceeded; default 16",
+            help="samples that ranking the layers may cost three forwards each, when a drift limit is "
+            "exceeded; default 128",
         ),
         Option(flags=ROUNDS.flags, kind="integer", metavar="N", help=f"{ROUNDS.help}; default 5"),
         Option(
+            flags=("--measure-seconds",),
+            kind="integer",
+            metavar="N",
+            least=0,
+            help="for the host: time fusions, operators in the forms that they could take, and plans, for "
+            "about so long, and take what is faster here; 0 plans by the profile alone; default 10. "
+            "Timings of operators are kept (`edgepress targets show host`)",
+        ),
+        Option(
+            flags=("--allow-unmeasured",),
+            kind="flag",
+            help="also take lowerings of which nobody has measured, counted or timed whether they are "
+            "faster on the target; without it such nodes stay float, and the plan says so",
+        ),
+        Option(
             flags=("--precision",),
             choices=choices(Precision),
-            help="auto (default): the fastest plan inside the drift limit",
+            help="auto (default): the fastest plan inside the drift limit; bf16 and fp16 halve the file and "
+            "compute in that type where the target does; bf16-compute insists on it",
         ),
         Option(
             flags=("--quantization",),
@@ -365,12 +390,26 @@ TARGETS = Command(
         ),
         Command(
             name="show",
-            summary="one target's profile, as TOML",
+            summary="one target's profile, as TOML; of the host also what was timed on it",
             arguments=(Argument(name="NAME", help="a target's name or the path of a profile"),),
-            options=(SET, *COMMON),
+            options=(
+                SET,
+                Option(
+                    flags=("--export",),
+                    metavar="FILE",
+                    help="of the host: write its profile, with the speed of each kernel as it was timed here",
+                ),
+                Option(
+                    flags=("--clear-timings",),
+                    kind="flag",
+                    help="of the host: forget the operators that were timed, on all processors and versions",
+                ),
+                *COMMON,
+            ),
             examples=(
                 "edgepress targets show raspberry-pi-5",
                 "edgepress targets show raspberry-pi-5 > my-board.toml",
+                "edgepress targets show host --export this-machine.toml",
             ),
         ),
         Command(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..calibration.limits import own_metrics
+from ..calibration.task_metrics import require_own_metrics
+from ..compress.emulate.predict import isa_notes
 from ..compress.operands import TABLE_OPS
 from ..compress.plan import Plan
 from ..compress.propose import Request, is_quantized, propose
-from ..compress.recipe import Pins, Recipe
+from ..compress.recipe import Pins, Quantization, Recipe
+from ..compress.refine.entry import FLOAT_ENTRY
+from ..compress.typed.request import TypedForm, form_of
 from ..export.place import check_output
 from ..export.verify import verify_bundle
 from ..frontends.source import Source, load_source
@@ -24,18 +30,26 @@ from .budget import hold, open_budget
 from .bundling import bundle
 from .cache import cache_folder
 from .calib_cache import CalibCache
-from .candidate import Candidate, build, check_samples, difference, prepare
+from .candidate import Candidate, build, check_samples, prepare
+from .conditioning import Conditions, condition
 from .data_sets import DataSets, open_data_sets
 from .input_shapes import check_shapes
 from .local_benchmark import COMPILED, WITHOUT_OPTIONS, slowness, time_against_baseline, timing_inputs
-from .observing import centred, observe_ranges, ranges_digest
+from .measured_stage import MeasuredStages, TimedForm
+from .observing import ranges_digest
+from .pareto import ParetoLog
+from .refining import refine
 from .reporter import Reporter, SilentReporter
 from .result import CompileResult, Sizes, next_commands, weakest_evidence
+from .typed_plan import estimate_drift, propose_typed, storage_doubts
 from .workspace import workspace
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..calibration.data import CalibrationData
     from ..calibration.drift import DriftReport
+    from ..compress.quantize.constants import Rounding
     from ..compress.quantize.static import Ranges
     from ..graph.model import Model
     from ..graph.passes import PassRecord
@@ -86,7 +100,9 @@ def compile_model(
     """
     asked = msgspec.structs.replace(recipe or Recipe(target=target), target=target)
     work = _Compile(asked, reporter or SilentReporter())
+    work.may_time = not dry_run
     work.open_target()
+    require_own_metrics(own_metrics(limit.metric or "" for limit in asked.max_drift))
     if output is not None and not dry_run:
         check_output(Path(output), overwrite)
     work.open_source(str(model), tokenizer, preprocessor)
@@ -100,15 +116,17 @@ def compile_model(
         work.build()
         work.hold_limits()
         work.benchmark()
+        work.tell_of_processors(work.candidate.model)
         place = work.write(Path(output), overwrite) if output is not None else None
         return work.result(place, str(model))
 
 
-class _Compile:
+class _Compile(MeasuredStages):
     """The state of one compile; each method is a stage that needs the ones before it."""
 
     source: Source
     profile: TargetProfile
+    typed: TypedForm | None
     folder: Path
     sets: DataSets
     cache: CalibCache | None
@@ -117,16 +135,20 @@ class _Compile:
     samples: list[dict[str, Array]]
     expected: list[dict[str, Array]]
     prepared: Model
+    plain: Model
     current_plan: Plan
     candidate: Candidate
 
     def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
+        super().__init__()
         self.recipe = recipe
         self.reporter = reporter
         self.ranges: Ranges = {}
+        self.rounding: Rounding = {}
         self.records: list[PassRecord] = []
         self.notes: list[str] = []
         self.drift: DriftReport | None = None
+        self.pareto = ParetoLog()
         self.timing: BenchmarkResult | None = None
         self.reverted: tuple[str, ...] = ()
         self.rolled_back: tuple[str, ...] = ()
@@ -143,14 +165,7 @@ class _Compile:
                 why="artifacts are made for onnxruntime on CPUs so far; TensorRT's come with a later version",
                 remedy=f"see whether the model fits its parser now: edgepress inspect MODEL --target {name}",
             )
-        if self.recipe.precision in ("bf16", "fp16"):
-            raise NotSupported(
-                f"precision {self.recipe.precision} is not supported yet",
-                where="--precision",
-                why="typed float graphs come with a later version; onnxruntime's CPU kernels compute "
-                "BF16 nowhere, and FP16 only on cores with asimdhp",
-                remedy="use --precision auto, int8 or fp32",
-            )
+        self.typed = form_of(self.profile, self.recipe.precision)
 
     def open_source(self, model: str, tokenizer: str | None, preprocessor: str | None) -> None:
         with self.reporter.stage("loading the model"):
@@ -207,14 +222,17 @@ class _Compile:
             if self.keeps_source_graph():
                 self.prepared = self.source.model.fork()
                 return
-            self.prepared, self.records = prepare(
-                self.source.model,
-                self.profile,
-                self.recipe,
-                samples=self.samples,
-                expected=self.expected,
-                reporter=self.reporter,
-            )
+            self.settle_fusions()
+
+    def prepare_with(self, recipe: Recipe) -> tuple[Model, list[PassRecord]]:
+        return prepare(
+            self.source.model,
+            self.profile,
+            recipe,
+            samples=self.samples,
+            expected=self.expected,
+            reporter=self.reporter,
+        )
 
     def keeps_source_graph(self) -> bool:
         """Whether the recipe pins that even the float form was slower, so that nothing is changed."""
@@ -229,17 +247,33 @@ class _Compile:
             keep_float=recipe.keep_float,
             calibrated=self.sets.calibrated,
             shapes=recipe.shapes,
+            allow_unmeasured=recipe.allow_unmeasured,
         )
-        plan = propose(self.prepared, self.profile, request)
+        if self.typed is None:
+            settled = request if is_quantized(self.source.model) else self.settle_forms(request)
+            plan = propose(self.prepared, self.profile, settled)
+        else:
+            plan, notes = propose_typed(
+                self.prepared,
+                self.profile,
+                self.typed,
+                recipe,
+                data=self.sets.calibrate,
+                reporter=self.reporter,
+            )
+            self.notes += notes
         everything = frozenset(plan.groups)
         if recipe.precision == "fp32":
             plan = plan.revert(everything, "--precision fp32")
         elif is_quantized(self.source.model):
             self._refuse_or_note("the model is quantized already; its operators are left as they are")
             plan = plan.revert(everything, "the model is quantized already")
+            notes = isa_notes(self.source.model, plan, self.profile)
+            plan = msgspec.structs.replace(plan, notes=(*plan.notes, *notes))
         elif not everything:
             reasons = sorted({item.reason for item in plan.decisions})
-            self._refuse_or_note(f"nothing can run in INT8 on {self.profile.name}: {'; '.join(reasons[:3])}")
+            what = "run in INT8" if self.typed is None else f"take the form {self.typed}"
+            self._refuse_or_note(f"nothing can {what} on {self.profile.name}: {'; '.join(reasons[:3])}")
         if pins is not None:
             plan = plan.revert(frozenset(pins.reverted), "pinned by the recipe")
             if pins.data_sha256 is not None and pins.data_sha256 != self._data_digest():
@@ -259,10 +293,11 @@ class _Compile:
         self.reporter.warn(text)
 
     def build(self) -> None:
-        """Centre what is dynamic, calibrate what is static, apply the plan, let the runtime confirm it."""
+        """Ready what is dynamic, calibrate what is static, apply the plan, let the runtime confirm it."""
         data = self.sets.calibrate
+        self.plain = self.prepared
+        self._condition(data)
         if self.sets.calibrated:
-            self._centre(data)
             self._calibrate(data)
         if self.cache is not None and data is not None:
             note = self.cache.write(self.source.model, data, self.recipe.calib_method)
@@ -277,41 +312,62 @@ class _Compile:
             )
 
     def _calibrate(self, data: CalibrationData | None) -> None:
-        self.ranges, notes = observe_ranges(
+        pins = self.recipe.pins
+        times = self.may_time and pins is None and "benchmark" not in self.recipe.skip
+        made = refine(
             self.prepared,
             self.current_plan,
-            data,
-            self.recipe,
-            reporter=self.reporter,
-            cache=self.cache,
+            self._conditions(data),
+            folder=self.folder,
+            feeds=timing_inputs(self.source, self.recipe) if times else None,
         )
-        self.notes += notes
-        pins = self.recipe.pins
+        self.prepared, self.current_plan = made.model, made.plan
+        self.ranges, self.rounding = made.ranges, made.rounding
+        self.reverted = tuple(dict.fromkeys((*self.reverted, *made.reverted)))
+        # Equalization and rounding are found again by the same data; what was timed is pinned.
+        self.fusions |= {name: kept for name, kept in made.fusions.items() if name == FLOAT_ENTRY}
+        self.notes += made.notes
         if pins is not None and self.ranges and pins.ranges_sha256 not in (None, ranges_digest(self.ranges)):
             self._warn("calibration found other ranges than those that the recipe pins")
 
-    def _centre(self, data: CalibrationData | None) -> None:
-        made = centred(
-            self.prepared,
-            self.current_plan,
-            data,
-            self.recipe,
+    def _condition(self, data: CalibrationData | None) -> None:
+        """Ready the graph for dynamic INT8; `plain` is what a form without it is made of."""
+        made = condition(self.prepared, self.current_plan, self._conditions(data))
+        self.prepared, self.current_plan = made.model, made.plan
+        self.notes += made.notes
+
+    def _conditions(self, data: CalibrationData | None) -> Conditions:
+        calibrated = self.sets.calibrated
+        return Conditions(
+            data=data if calibrated else None,
+            cache=self.cache if calibrated else None,
+            recipe=self.recipe,
+            profile=self.profile,
+            baseline=self.baseline,
+            task=self.source.model.task,
+            samples=self.samples,
+            expected=self.expected,
             reporter=self.reporter,
-            cache=self.cache,
         )
-        if made is None:
-            return
-        problem = difference(made[0], self.samples, self.expected)
-        if problem is not None:
-            self._warn(f"centring changed the results ({problem}): left out")
-            return
-        self.prepared = made[0]
-        passes = (*self.current_plan.passes, *made[1])
-        self.current_plan = msgspec.structs.replace(self.current_plan, passes=passes)
 
     def lower(self, plan: Plan, folder: Path) -> Candidate:
+        pins = self.recipe.pins
+        made = self._lowered(plan, folder)
+        if pins is None or pins.session_config is None:
+            return made
+        return dataclasses.replace(made, config=dict(pins.session_config))
+
+    def _lowered(self, plan: Plan, folder: Path) -> Candidate:
+        computes = any(item.form in ("dynamic", "static") for item in plan.decisions)
+        graph = self.prepared if computes else self.plain
         return build(
-            self.prepared, plan, self.ranges, self.profile, folder, with_shapes=self.keeps_source_graph()
+            graph,
+            plan,
+            self.ranges,
+            self.profile,
+            folder,
+            with_shapes=self.keeps_source_graph(),
+            rounding=self.rounding,
         )
 
     def hold_limits(self) -> None:
@@ -326,28 +382,39 @@ class _Compile:
                 ranking_data=self.sets.calibrate,
                 folder=self.folder,
                 reporter=self.reporter,
+                log=self.pareto,
             )
+            notes, doubts = estimate_drift(self.candidate, self.profile, budget, self.reporter)
         self.reverted += reverted
+        self.notes += notes
+        for doubt in doubts:
+            self._warn(doubt)
+        self._keep_in_plan(*notes, *doubts)
 
     def benchmark(self) -> None:
         """Time the candidate here; on the host itself a form that does not pay is rolled back."""
         if "benchmark" in self.recipe.skip:
             return
-        self.timing = self._time()
+        asked_by_name = self.recipe.precision == "int8" or self.typed is not None
+        rivals = [] if asked_by_name else self.rivals()
+        self.timing = self.time(rivals)
         if self.profile.kind != "host" or self.recipe.pins is not None:
             return
+        self.settle_options(rivals)
         if self.candidate.plan.groups:
-            text = slowness(self.timing, "INT8")
+            name = "INT8" if self.typed is None else self.typed
+            text = slowness(self.timing, name) if asked_by_name else self.keep_what_pays()
             if text is None:
                 return
-            if self.recipe.precision == "int8":
-                self._warn(f"{text}; kept because --precision int8 asks for it")
+            if asked_by_name:
+                self._warn(f"{text}; kept because --precision {self.recipe.precision} asks for it")
                 return
             self._warn(f"{text}: rolled back to float")
             self.rolled_back += (INT8,)
             groups = frozenset(self.candidate.plan.groups)
             plan = self.candidate.plan.revert(groups, f"rolled back: {text}")
-            self._replace(self.lower(plan, self.folder / "float"))
+            self.verdicts, self.session_config = {}, None
+            self.replace(self.lower(plan, self.folder / "float"))
         text = slowness(self.timing, "the cleaned and fused float form")
         if text is not None:
             self._warn(f"{text}: the graph that went in is kept as it is")
@@ -355,15 +422,31 @@ class _Compile:
             plan = msgspec.structs.replace(self.candidate.plan, passes=())
             source = self.source.model.fork()
             folder = self.folder / "source"
-            self._replace(build(source, plan, {}, self.profile, folder, with_shapes=True))
+            self.replace(build(source, plan, {}, self.profile, folder, with_shapes=True))
 
-    def _replace(self, candidate: Candidate) -> None:
+    def replace(self, candidate: Candidate, rivals: Sequence[TimedForm] = ()) -> None:
         """Take another candidate, with its own drift and timing."""
         self.candidate = candidate
         if self.drift is not None:
             self.drift = None
             self.hold_limits()
-        self.timing = self._time()
+        self.timing = self.time(rivals)
+
+    def tell_of_processors(self, model: Model) -> None:
+        """Note in the plan what the target's processor makes of the integers of the finished graph."""
+        plan = self.candidate.plan
+        notes = isa_notes(model, plan, self.profile)
+        self.notes += notes
+        for doubt in storage_doubts(self.candidate, self.profile):
+            self._warn(doubt)
+        self._keep_in_plan(*notes)
+
+    def _keep_in_plan(self, *notes: str) -> None:
+        """Add notes to the plan that the bundle holds, each once."""
+        plan = self.candidate.plan
+        every = tuple(dict.fromkeys((*plan.notes, *notes)))
+        plan = msgspec.structs.replace(plan, notes=every)
+        self.candidate = dataclasses.replace(self.candidate, plan=plan)
 
     def _data_digest(self) -> str | None:
         return self.sets.calibration_digest
@@ -372,31 +455,55 @@ class _Compile:
         self.notes.append(text)
         self.reporter.warn(text)
 
-    def _time(self) -> BenchmarkResult:
+    def warn(self, text: str) -> None:
+        """Tell it and keep it."""
+        self._warn(text)
+
+    def time(self, rivals: Sequence[TimedForm] = (), rounds: int | None = None) -> BenchmarkResult:
+        """Time the candidate here, beside the model that went in and rivals."""
         feeds = timing_inputs(self.source, self.recipe)
         threads = self.recipe.threads
         forms = [(COMPILED, self.candidate.file, self.candidate.options(threads))]
         if self.candidate.config:
             forms.append((WITHOUT_OPTIONS, self.candidate.file, SessionOptions(threads=threads)))
-        return time_against_baseline(
-            self.baseline_file, forms, feeds, threads, self.reporter, rounds=self.recipe.benchmark_rounds
+        timing = time_against_baseline(
+            self.baseline_file,
+            [*forms, *rivals],
+            feeds,
+            threads,
+            self.reporter,
+            rounds=rounds or self.recipe.benchmark_rounds,
+            device=self.device,
         )
+        self.pareto.timed(self.candidate, timing)
+        return timing
 
     def evidence(self) -> Evidence:
-        timed_there = self.profile.kind == "host" and self.timing is not None
-        return "measured-on-target" if timed_there else weakest_evidence(self.candidate.plan)
+        """Measured on the target only where the whole model was timed there."""
+        if self.profile.kind == "host" and self.timing is not None:
+            return "measured-on-target"
+        weakest = weakest_evidence(self.candidate.plan)
+        return "measured-elsewhere" if weakest == "measured-on-target" else weakest
 
     def pinned(self) -> Recipe:
         """The recipe with the choices that were made, so that a replay times nothing."""
         plan = self.candidate.plan
         compute = {item.form for item in plan.quantized() if item.op not in TABLE_OPS}
+        quantization: Quantization = self.recipe.quantization
+        if len(compute) == 1:
+            (quantization,) = compute  # type: ignore[assignment]
+        replay = None if self.typed else self.pinned_forms(quantization)
+        earlier = self.recipe.pins
         pins = Pins(
             model_sha256=self.source.model.fingerprint(),
             data_sha256=self._data_digest(),
-            precision="int8" if plan.groups else "fp32",
-            quantization=next(iter(compute)) if len(compute) == 1 else self.recipe.quantization,  # type: ignore[arg-type]
+            precision=(self.recipe.precision if self.typed else "int8") if plan.groups else "fp32",
+            quantization=quantization,
             calib_method=self.recipe.calib_method if self.ranges else None,
-            fusions=dict(self.recipe.fusions),
+            fusions={**self.fusions, **self.recipe.fusions},
+            forms=(earlier.forms if earlier else replay) or {},
+            static_activation=earlier.static_activation if earlier else self.measured.static_activation,
+            session_config=earlier.session_config if earlier else self.session_config,
             reverted=self.reverted,
             rolled_back=self.rolled_back,
             ranges_sha256=ranges_digest(self.ranges) if self.ranges else None,
@@ -413,6 +520,7 @@ class _Compile:
             sets=self.sets,
             drift=self.drift,
             timing=self.timing,
+            pareto=self.pareto.table(self.candidate),
             evidence=self.evidence(),
             overwrite=overwrite,
             reporter=self.reporter,
@@ -430,6 +538,7 @@ class _Compile:
             plan=plan,
             recipe=self.pinned() if self.built else self.recipe,
             drift=self.drift,
+            pareto=self.pareto.table(self.candidate) if self.built else None,
             benchmark=self.timing,
             sizes=Sizes(
                 source_bytes=self.source_bytes,

@@ -6,7 +6,8 @@ import argparse
 
 from ..calibration.data import open_data
 from ..calibration.drift import measure_drift
-from ..calibration.limits import check_limits, default_metric
+from ..calibration.limits import check_limits, default_metric, own_metrics
+from ..calibration.task_metrics import require_own_metrics
 from ..compress.drift_limit import parse_drift_limits
 from ..graph.errors import EXIT_CHECK, EXIT_OK, RecipeError
 from .drift_tables import drift_blocks, limits_by_metric
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
             remedy="give --data with .npz, a folder of arrays, texts, hf:NAME or module:function",
         )
     limits = () if arguments.max_drift is None else parse_drift_limits(arguments.max_drift)
+    require_own_metrics(own_metrics(limit.metric or "" for limit in limits))
     threads = 1 if arguments.threads is None else arguments.threads
     baseline, candidate = (
         open_named(
@@ -49,17 +51,19 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         classes=baseline.task.classes,
     )
     reference = baseline.session()
+    has_labels = (data.pairs if baseline.task.kind == "embedding" else data.labels) is not None
+    default = default_metric(baseline.task, has_labels, reference.outputs)
+    bounds = limits_by_metric(limits, default)
     with reporter.stage("drift", total=2 * len(data)) as stage:
         report = measure_drift(
             reference,
             candidate.session(),
             data,
             baseline.task,
+            own_metrics=own_metrics(bounds),
             progress=absolute_progress(stage),
         )
-    has_labels = (data.pairs if baseline.task.kind == "embedding" else data.labels) is not None
-    default = default_metric(baseline.task, has_labels, reference.outputs)
-    results = check_limits(report, limits_by_metric(limits, default))
+    results = check_limits(report, bounds)
     missed = [result for result in results if not result.met]
     for result in missed:
         reporter.warn(f"the drift limit on {result.metric} is not met: {result.reason}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..calibration.drift import DriftReport
-from ..calibration.limits import LimitResult
+from ..calibration.limits import Bound, LimitResult
 from ..compress.drift_limit import DriftLimit
 from .output import Block, Table, format_percent
 
 
-def limits_by_metric(limits: Sequence[DriftLimit], default: str) -> dict[str, float]:
+def limits_by_metric(limits: Sequence[DriftLimit], default: str) -> dict[str, Bound]:
     """The limits as `calibration.limits.check_limits` takes them; a limit without metric is of `default`."""
-    return {limit.metric or default: limit.limit for limit in limits}
+    return {limit.metric or default: Bound(limit=limit.limit, absolute=limit.absolute) for limit in limits}
 
 
 def drift_blocks(report: DriftReport, results: Sequence[LimitResult] = ()) -> list[Block]:
@@ -52,14 +52,14 @@ def format_metric(metric: str, value: float | None) -> str:
 def _metrics(report: DriftReport) -> Table:
     found = (
         ("cosine", report.cosine, report.cosine_interval),
-        ("l2", report.l2, None),
-        ("sqnr", report.sqnr_db, None),
-        ("kl", report.kl, None),
+        ("l2", report.l2, report.l2_interval),
+        ("sqnr", report.sqnr_db, report.sqnr_interval),
+        ("kl", report.kl, report.kl_interval),
         ("flips", report.flips, report.flips_interval),
         ("max abs", report.max_abs, None),
     )
     rows = [
-        (name, format_metric(name, value), _interval(interval))
+        (name, format_metric(name, value), _interval(interval, name))
         for name, value, interval in found
         if value is not None or (name == "sqnr" and report.l2 == 0)
     ]
@@ -118,13 +118,16 @@ def _limits(results: Sequence[LimitResult]) -> Table:
             item.metric,
             format_metric(item.metric, item.limit),
             item.reason if item.value is None else format_metric(item.metric, item.value),
-            "yes" if item.met else "NO",
+            ("yes" if item.met else "NO") + (", unsure" if item.straddles else ""),
+            _interval(item.interval, item.metric),
         )
         for item in results
     )
-    columns = ("limit on", "limit", "measured", "met")
+    columns = ("limit on", "limit", "measured", "met", "95 % interval")
     return Table(columns=columns, rows=rows, numeric=frozenset({"limit", "measured"}))
 
 
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{format_percent(interval[0])} to {format_percent(interval[1])}"
+def _interval(interval: tuple[float, float] | None, metric: str = "") -> str:
+    if interval is None:
+        return ""
+    return f"{format_metric(metric, interval[0])} to {format_metric(metric, interval[1])}"

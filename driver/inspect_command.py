@@ -25,6 +25,7 @@ from .opened import is_bundle
 from .operator_tables import operator_check_blocks
 from .options import overrides_from
 from .output import Answer, Block, Table, format_bytes
+from .pareto import RUN_NAME, pareto_blocks, read_pareto
 from .plan_tables import plan_blocks, plan_summary
 from .reporter import Reporter
 
@@ -101,6 +102,8 @@ def _bundle(path: Path) -> Answer:
     manifest = read_manifest(path)
     plan = _read_plan(path / "plan.json")
     runs, problems = read_runs(path)
+    measured = runs.get(f"{RUN_NAME}.json")
+    pareto = None if measured is None else read_pareto(measured.payload, f"{path}/runs/{RUN_NAME}.json")
     document = {
         "bundle": {
             "path": path,
@@ -110,6 +113,7 @@ def _bundle(path: Path) -> Answer:
             "golden_samples": len(manifest.golden.samples) if manifest.golden else 0,
             "plan": plan,
             "plan_summary": plan_summary(plan),
+            "pareto": pareto,
             "runs": runs,
             "problems": problems,
         }
@@ -119,6 +123,8 @@ def _bundle(path: Path) -> Answer:
         _interface(manifest.model.inputs, manifest.model.outputs),
         *plan_blocks(plan, every_node=True),
     ]
+    if pareto is not None:
+        blocks += pareto_blocks(pareto, whole=True)
     if runs:
         blocks.append("Measured later: " + ", ".join(runs))
     blocks.append(f"Digests and golden samples are checked by: edgepress verify {path}")
@@ -149,7 +155,7 @@ def _facts(path: Path, manifest: Manifest) -> Table:
         ("task", manifest.task.kind),
         ("target", manifest.target.name),
         ("evidence", manifest.evidence),
-        ("precision", f"{manifest.precision.quantization} (asked for: {manifest.precision.requested})"),
+        ("precision", _precision(manifest)),
         ("session options", ", ".join(settings) or "the runtime's defaults"),
         (
             "data",
@@ -164,6 +170,12 @@ def _facts(path: Path, manifest: Manifest) -> Table:
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
     )
     return Table(title=str(path), columns=("what", "value"), rows=rows)
+
+
+def _precision(manifest: Manifest) -> str:
+    precision = manifest.precision
+    done = precision.form if precision.quantization == "none" else precision.quantization
+    return f"{done or precision.quantization} (asked for: {precision.requested})"
 
 
 def _model_bytes(path: Path, manifest: Manifest) -> int:

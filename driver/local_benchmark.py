@@ -11,20 +11,19 @@ from ..calibration.data import generated_data
 from ..graph.errors import RuntimeUnavailable
 from ..graph.tables import index_bounds
 from ..runtimes.base import SessionOptions
-from ..runtimes.ort_runtime import OrtSession
+from ..runtimes.device import Device, Form, LocalDevice
 from ..runtimes.peak_memory import measure_peak_memory
-from ..runtimes.timing import BenchmarkResult, Schedule, benchmark
-from ..runtimes.timing import Candidate as Timed
+from ..runtimes.timing import BenchmarkResult, Schedule
 from .budget import steps
 from .input_shapes import input_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ..compress.recipe import Recipe
     from ..frontends.source import Source
-    from ..runtimes.base import Array, Runner
+    from ..runtimes.base import Array
     from .reporter import Reporter
 
 BASELINE = "before"
@@ -32,6 +31,8 @@ COMPILED = "after"
 WITHOUT_OPTIONS = "after, default session options"
 _RUNS = 16
 _LIMIT_PER_ROUND_S = 6.0
+_LEAST_PAIR_S = 0.1
+_WARM_UP_LIMIT_S = 1.0
 
 
 def timing_inputs(source: Source, recipe: Recipe) -> dict[str, Array]:
@@ -67,6 +68,7 @@ def time_against_baseline(
     *,
     rounds: int = 5,
     with_memory: bool = True,
+    device: Device | None = None,
 ) -> BenchmarkResult:
     """Interleaved timing of model files; the first entry of the result is the baseline.
 
@@ -77,23 +79,33 @@ def time_against_baseline(
         threads: for the baseline; the candidates' options carry their own.
         reporter: progress.
         rounds: interleaved pairs of sessions.
-        with_memory: also measure the peak memory of a fresh process per file.
+        with_memory: also measure the peak memory of a fresh process for the baseline and the candidate.
+        device: where to time; this machine by default.
     """
+    place = device or LocalDevice()
     files = {BASELINE: (baseline, SessionOptions(threads=threads))}
     files |= {name: (file, options) for name, file, options in candidates}
-    timed = [
-        Timed(name=name, open=_opener(file, options), feeds=(feeds,), samples_per_run=_batch(feeds))
-        for name, (file, options) in files.items()
+    forms = [
+        Form(name=name, model=place.put([file]), options=options) for name, (file, options) in files.items()
     ]
-    schedule = Schedule(pairs=rounds, runs=_RUNS, limit_s=_LIMIT_PER_ROUND_S * rounds)
-    with reporter.stage("timing on this machine", rounds) as stage:
-        result = benchmark(timed, schedule, progress=steps(stage.advance))
+    schedule = Schedule(
+        pairs=rounds,
+        runs=_RUNS,
+        limit_s=_LIMIT_PER_ROUND_S * rounds,
+        least_pair_s=_LEAST_PAIR_S * len(forms),
+        most_pair_s=_LIMIT_PER_ROUND_S,
+        warm_up_limit_s=_WARM_UP_LIMIT_S,
+    )
+    with reporter.stage(f"timing on {place.name}", rounds) as stage:
+        result = place.time(forms, feeds, schedule, progress=steps(stage.advance))
     if not with_memory:
         return result
     return msgspec.structs.replace(
         result,
         timings=tuple(
             msgspec.structs.replace(timing, peak_memory_bytes=_peak_bytes(*files[timing.name], feeds))
+            if timing.name in (BASELINE, COMPILED, WITHOUT_OPTIONS)
+            else timing
             for timing in result.timings
         ),
     )
@@ -105,12 +117,3 @@ def _peak_bytes(file: Path, options: SessionOptions, feeds: Mapping[str, Array])
         return measure_peak_memory(file, feeds, options)["peak_bytes"]
     except RuntimeUnavailable:
         return None
-
-
-def _opener(file: Path, options: SessionOptions) -> Callable[[], Runner]:
-    return lambda: OrtSession(file, options)
-
-
-def _batch(feeds: Mapping[str, Array]) -> int:
-    first = next(iter(feeds.values()), None)
-    return int(first.shape[0]) if first is not None and first.ndim else 1

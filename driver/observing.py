@@ -1,4 +1,4 @@
-"""Looking at activations on the calibration data: static ranges, and the middles of dynamic ones."""
+"""Looking at activations on the calibration data: the ranges of static INT8."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..calibration.collect import collect_channel_limits, collect_ranges
-from ..compress.quantize.centre import CENTRE, CentreActivations, centrable
+from ..calibration.collect import collect_ranges
 from ..compress.quantize.static import static_layout
-from ..graph.passes import run_passes
 from ..runtimes.base import SessionOptions
 from .budget import steps
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from ..compress.quantize.static import Ranges
     from ..compress.recipe import Recipe
     from ..graph.model import Model
-    from ..graph.passes import PassRecord
     from .calib_cache import CalibCache
     from .reporter import Reporter
 
@@ -54,6 +51,8 @@ def observe_ranges(
             method=recipe.calib_method,
             options=_options(recipe),
             progress=steps(stage.advance),
+            memory_limit_bytes=recipe.max_memory_bytes,
+            announce=lambda cost: reporter.note(f"calibration: {cost}"),
         )
     notes = [
         f"{name}: {observer.masked} mask values left out of its range"
@@ -64,38 +63,6 @@ def observe_ranges(
     if cache is not None:
         cache.keep_ranges(ranges, layout.activation)
     return ranges, notes
-
-
-def centred(
-    model: Model,
-    plan: Plan,
-    data: CalibrationData | None,
-    recipe: Recipe,
-    *,
-    reporter: Reporter,
-    cache: CalibCache | None = None,
-) -> tuple[Model, list[PassRecord]] | None:
-    """A fork with normalised activations centred on the data or a cache: the same function, finer steps.
-
-    Returns:
-        The fork and what the pass did; None where the plan has nothing to centre, or the recipe
-        switches it off.
-    """
-    names = centrable(model, plan.decisions)
-    if not names or not recipe.fusions.get(CENTRE, True):
-        return None
-    limits = None if cache is None else cache.channels(model, names)
-    if limits is None:
-        if data is None:
-            return None
-        with reporter.stage("centring activations", len(data)) as stage:
-            limits = collect_channel_limits(
-                model, names, data, options=_options(recipe), progress=steps(stage.advance)
-            )
-        if cache is not None:
-            cache.keep_channels(limits)
-    made = model.fork()
-    return made, run_passes(made, [CentreActivations(limits=limits)])
 
 
 def ranges_digest(ranges: Ranges) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
+from ..calibration.size import parse_size
 from ..compress.drift_limit import parse_drift_limits
 from ..compress.presets import PRESETS
 from ..compress.recipe import (
@@ -28,7 +29,7 @@ from .commands import COMMANDS, EXIT_CODES, Argument, Command, Option
 # Options that set the recipe field of the same name without any conversion.
 _PLAIN_RECIPE_OPTIONS = (
     *("target", "precision", "quantization", "calib_method", "threads", "samples", "seed", "golden"),
-    *("data_free", "trust_code", "eval_samples", "ranking_samples"),
+    *("data_free", "trust_code", "eval_samples", "ranking_samples", "measure_seconds", "allow_unmeasured"),
 )
 _SIZES = re.compile(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", re.IGNORECASE)
 
@@ -127,6 +128,8 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         kept = {name: limits for name, limits in recipe.shape_ranges.items() if name not in shapes}
         given["shapes"] = {**recipe.shapes, **shapes}
         given["shape_ranges"] = kept | ranges_from(arguments.shape)
+    if arguments.max_memory is not None:
+        given["max_memory_bytes"] = parse_size(arguments.max_memory)
     if arguments.rounds is not None:
         given["benchmark_rounds"] = arguments.rounds
     if arguments.set is not None:

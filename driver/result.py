@@ -16,6 +16,7 @@ from ..targets.profile import Evidence
 if TYPE_CHECKING:
     from ..calibration.drift import DriftReport
     from ..runtimes.timing import BenchmarkResult
+    from .pareto import ParetoTable
 
 
 _EVIDENCE_ORDER: tuple[Evidence, ...] = ("none", "modelled", "measured-elsewhere", "measured-on-target")
@@ -40,6 +41,7 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
             "not slower".
         recipe: as it was resolved, with the pins that replay it.
         drift: None where it was skipped.
+        pareto: every plan whose drift was measured on the way; None where none was.
         benchmark: None where it was skipped; the first timing is the baseline's, the second the
             bundle's as it is loaded, further ones are named for what they are.
         stamps: marks on every figure ("data-free").
@@ -54,6 +56,7 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     drift: DriftReport | None
     benchmark: BenchmarkResult | None
     sizes: Sizes
+    pareto: ParetoTable | None = None
     refusals: tuple[Refusal, ...] = ()
     stamps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -65,7 +68,8 @@ def weakest_evidence(plan: Plan) -> Evidence:
 
     Tables and connecting operators are chosen for their bytes, not for their speed.
     """
-    grades = [item.evidence for item in plan.quantized() if item.macs is not None]
+    chosen = (item for item in plan.decisions if item.form != "float")
+    grades = [item.evidence for item in chosen if item.macs is not None]
     return min(grades, key=_EVIDENCE_ORDER.index, default="none")
 
 

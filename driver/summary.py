@@ -6,6 +6,7 @@ from ..compress.recipe import to_toml
 from ..runtimes.timing import BenchmarkResult, Timing
 from .drift_tables import format_metric, measured_on
 from .output import Block, Table, format_bytes, format_ms, format_percent
+from .pareto import pareto_blocks
 from .plan_tables import plan_blocks, plan_headline, plan_summary
 from .result import CompileResult
 from .timing_tables import format_ratio, measured_how
@@ -51,6 +52,8 @@ def summary_blocks(result: CompileResult) -> list[Block]:
         blocks.append(f"Bundle for {result.target}: {result.bundle}")
     blocks.append(plan_headline(result.plan))
     blocks.append(Table(columns=_COLUMNS, rows=tuple(rows), numeric=frozenset({"before", "after"})))
+    if result.pareto is not None:
+        blocks += pareto_blocks(result.pareto, whole=False)
     blocks.append("\n".join(_how(result)))
     if result.notes:
         blocks.append("Notes:\n" + "\n".join(f"  {note}" for note in result.notes))
@@ -125,6 +128,24 @@ def _drift_rows(result: CompileResult) -> list[Row]:
     return rows
 
 
+def _unsure(result: CompileResult) -> list[str]:
+    """A line where a limit lies inside the 95 % interval of what it bounds."""
+    points = () if result.pareto is None else result.pareto.points
+    told = [
+        f"{metric} ({format_metric(metric, interval[0])} to {format_metric(metric, interval[1])})"
+        for point in points
+        if point.chosen and point.straddles
+        for metric, interval in point.intervals.items()
+        if interval[0] < point.limits[metric] < interval[1]
+    ]
+    if not told:
+        return []
+    return [
+        "A drift limit holds by what was measured, but lies inside a 95 % interval: "
+        f"{', '.join(told)}. More samples may decide otherwise."
+    ]
+
+
 def _how(result: CompileResult) -> list[str]:
     """How each figure came about, and what was left out."""
     lines = []
@@ -138,4 +159,5 @@ def _how(result: CompileResult) -> list[str]:
         )
         lines.append(f"Speed {where}: threads {result.recipe.threads}, {measured_how(result.benchmark)}.")
     lines.append("Drift was not measured." if result.drift is None else measured_on(result.drift))
+    lines += _unsure(result)
     return lines

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
+
+from ..graph.errors import OutputError, RecipeError
+from .cache import cache_folder
 from .output import Answer, Table
 from .reporter import Reporter
+
+if TYPE_CHECKING:
+    from ..runtimes.timing_cache import TimingCache
+    from ..targets.profile import TargetProfile
+
+_HOST = "host"
 
 
 def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
@@ -13,13 +26,24 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
 
     Raises:
         TargetError: if the target or an override does not exist.
+        RecipeError: if an option for the host's timings is given for another target.
+        OutputError: if the profile cannot be exported, or timings cannot be removed.
     """
     if arguments.subcommand == "list":
         return _list()
-    if arguments.subcommand == "show":
-        return _profile(arguments.name, tuple(arguments.set or ()))
-    with reporter.stage("probe"):
-        return _profile("host", ())
+    if arguments.subcommand == "probe":
+        with reporter.stage("probe"):
+            return _profile(_HOST, ())
+    if arguments.name == _HOST:
+        return _host(arguments, reporter)
+    for option, given in (("--export", arguments.export), ("--clear-timings", arguments.clear_timings)):
+        if given:
+            raise RecipeError(
+                f"{option} is about the timings of this machine",
+                where=f"targets show {arguments.name}",
+                remedy="use it with `edgepress targets show host`",
+            )
+    return _profile(arguments.name, tuple(arguments.set or ()))
 
 
 def _list() -> Answer:
@@ -38,3 +62,70 @@ def _profile(name: str, overrides: tuple[str, ...]) -> Answer:
 
     profile = load_target(name, overrides)
     return Answer(document=profile, blocks=(to_toml(profile).rstrip("\n"),))
+
+
+def _host(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
+    """The host's profile with the timings of its operators."""
+    from ..runtimes.device import LocalDevice
+    from ..runtimes.timing_cache import TimingCache
+    from ..targets.registry import load_target, to_toml
+    from .measured_profile import comment_lines, timing_rows
+
+    if arguments.clear_timings:
+        _clear(reporter)
+    profile = load_target(_HOST, tuple(arguments.set or ()))
+    cache = TimingCache(cache_folder(), LocalDevice().features())
+    if arguments.export is not None:
+        _export(Path(arguments.export), profile, cache, reporter)
+    timings = cache.timings()
+    document = {**msgspec.to_builtins(profile), "timings": timings, "timings_file": str(cache.path)}
+    blocks = [to_toml(profile).rstrip("\n")]
+    if timings:
+        blocks.append(f"# Operators timed here ({cache.path}):\n{comment_lines(timing_rows(timings))}")
+    else:
+        blocks.append("# No operator was timed here yet: `edgepress compile MODEL --target host` does.")
+    return Answer(document=document, blocks=blocks)
+
+
+def _clear(reporter: Reporter) -> None:
+    from ..runtimes.timing_cache import clear_timings
+
+    try:
+        removed = clear_timings(cache_folder())
+    except OSError as error:
+        raise OutputError(
+            "timings cannot be removed",
+            where=str(error.filename),
+            why=error.strerror,
+            remedy="remove the file yourself, or set EDGEPRESS_CACHE to a folder that you may write to",
+        ) from error
+    reporter.note(f"{len(removed)} files of timings removed")
+
+
+def _export(path: Path, profile: TargetProfile, cache: TimingCache, reporter: Reporter) -> None:
+    """Write the host's profile with its timed kernels, whole or not at all."""
+    from ..targets.registry import to_toml
+    from .measured_profile import measured_profile
+
+    if path.suffix != ".toml":
+        raise OutputError(
+            "a profile is a .toml file", where=f"--export {path}", remedy=f"write --export {path}.toml"
+        )
+    made = measured_profile(profile, cache.timings(), cache.device, name=path.stem)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.exists():
+            raise FileExistsError(17, "it exists already", str(path))
+        part.write_text(to_toml(made), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(
+            "the profile cannot be written",
+            where=str(path),
+            why=error.strerror,
+            remedy="choose another place with --export, or remove the old file",
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    timed = sum(kernel.evidence == "measured-on-target" for kernel in made.kernels)
+    reporter.note(f"{path}: {timed} kernels as timed here; use it with --target {path}")

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+import onnx_ir as ir
 
 from ..graph.errors import DataError, ModelError, Unavailable, UserError
 from ..graph.model import Model
@@ -50,6 +51,7 @@ _EXTREMES: tuple[GraphOptimizationLevel | None, ...] = ("ORT_DISABLE_ALL", None)
 _BETWEEN: tuple[GraphOptimizationLevel, ...] = ("ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
 # Beyond this, lowerings of one file have nothing in common that a check could hold on to.
 _UNREPEATABLE = 0.5
+_LOOKUPS = frozenset({"Gather", "Slice"})
 _QUANTIZING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QAttention", "DynamicQuantizeMatMul"})
 METHOD = (
     f"{_MARGIN:g} x the largest drift between onnxruntime sessions of this file with the bundle's "
@@ -150,9 +152,23 @@ def arithmetic(model: Model) -> Numerics:
         for node in graph:
             if node.op_type in _QUANTIZING or "Integer" in node.op_type or node.op_type.startswith("QLinear"):
                 return "int8"
-            types |= {value.dtype.name for value in node.outputs if value.dtype is not None}
-        types |= {value.dtype.name for value in graph.initializers.values() if value.dtype is not None}
+            if node.op_type not in _LOOKUPS:
+                types |= {value.dtype.name for value in node.outputs if value.dtype is not None}
+        types |= {
+            value.dtype.name
+            for value in graph.initializers.values()
+            if value.dtype is not None and not _only_cast(value)
+        }
     return "bfloat16" if "BFLOAT16" in types else "float16" if "FLOAT16" in types else "float32"
+
+
+def _only_cast(value: ir.Value) -> bool:
+    """Whether a stored weight, or the rows looked up in it, only go into Casts."""
+    return all(
+        use.node.op_type == "Cast"
+        or (use.node.op_type in _LOOKUPS and use.idx == 0 and _only_cast(use.node.outputs[0]))
+        for use in value.uses()
+    )
 
 
 def difference(reference: Array, candidate: Array) -> Difference:

@@ -150,9 +150,14 @@ class InputShapes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class PrecisionSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was asked for, what was done, and how many operators run in which type."""
+    """What was asked for, what was done, and how many operators run in which type.
+
+    `form` is the plan's precision: "bf16-storage" and "fp16-storage" say that weights are kept in 16
+    bits and computed with in float32, "fp16" and "bf16" that the arithmetic is 16 bits too.
+    """
 
     requested: str
+    form: str = ""
     quantization: str
     operators: dict[str, int]
 

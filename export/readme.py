@@ -44,7 +44,8 @@ def _summary(manifest: Manifest) -> str:
     lines = [
         f"An ONNX model (opset {model.opset}) compiled by edgepress {manifest.versions.get('edgepress', '')} "
         f"from {_inline(manifest.source.name)}.",
-        f"Quantization: {precision.quantization}; operators: {counts or 'not counted'}; "
+        f"Precision: {precision.form or precision.requested}; quantization: {precision.quantization}; "
+        f"operators: {counts or 'not counted'}; "
         f"evidence for the choices: {manifest.evidence}.",
     ]
     if manifest.stamps:

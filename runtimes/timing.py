@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ Feeds = Mapping[str, Array]
 
 _WARM_UP_WINDOW = 5
 _WARM_UP_TOLERANCE = 0.05
+_LEAST_WARM_UP_RUNS, _LEAST_RUNS, _MOST_FOLD = 2, 3, 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +54,19 @@ class Schedule:
         warm_up_runs: untimed runs at least; more until two windows of 5 agree within 5 %, at most
             ten times as many.
         limit_s: stop after so many seconds, once two pairs are complete.
+        least_pair_s: go on beyond `runs` until a pair has taken so many seconds, up to 50 times as
+            many: the median of few short runs is mostly the clock's noise.
+        most_pair_s: stop before `runs` once a pair has taken so many seconds and 3 runs of each.
+        warm_up_limit_s: likewise for the warm-up of one session, after 2 runs.
     """
 
     pairs: int = 6
     runs: int = 20
     warm_up_runs: int = 5
     limit_s: float = 120.0
+    least_pair_s: float = 0.0
+    most_pair_s: float = math.inf
+    warm_up_limit_s: float = math.inf
 
     def __post_init__(self) -> None:
         if min(self.pairs, self.runs, self.warm_up_runs) < 1:
@@ -164,8 +173,8 @@ def benchmark(
         opened = [(candidate, candidate.open()) for candidate in order]
         for candidate, runner in opened:
             loads[candidate.name].append(runner.load_ms)
-            warm_ups[candidate.name] += _warm_up(candidate, runner, plan.warm_up_runs, clock_ns)
-        for name, series in _interleave(opened, plan.runs, clock_ns).items():
+            warm_ups[candidate.name] += _warm_up(candidate, runner, plan, clock_ns)
+        for name, series in _interleave(opened, plan, clock_ns).items():
             latencies[name].append(series)
         del opened, runner
         if progress is not None:
@@ -182,7 +191,7 @@ def benchmark(
             compare(names[0], name, latencies[names[0]], latencies[name]) for name in names[1:]
         ),
         pairs=len(latencies[names[0]]),
-        runs_per_pair=plan.runs,
+        runs_per_pair=min(len(series) for series in latencies[names[0]]),
     )
 
 
@@ -233,9 +242,9 @@ def _timed(runner: Runner, feeds: Feeds, clock_ns: Callable[[], int]) -> int:
     return max(1, clock_ns() - started)
 
 
-def _warm_up(candidate: Candidate, runner: Runner, at_least: int, clock_ns: Callable[[], int]) -> int:
+def _warm_up(candidate: Candidate, runner: Runner, plan: Schedule, clock_ns: Callable[[], int]) -> int:
     """Run untimed until two windows of runs have the same median; how many runs that took."""
-    series: list[int] = []
+    at_least, series = plan.warm_up_runs, list[int]()
     while len(series) < 10 * at_least:
         series.append(_timed(runner, candidate.feeds[len(series) % len(candidate.feeds)], clock_ns))
         if len(series) >= max(at_least, 2 * _WARM_UP_WINDOW):
@@ -243,25 +252,35 @@ def _warm_up(candidate: Candidate, runner: Runner, at_least: int, clock_ns: Call
             after = statistics.median(series[-_WARM_UP_WINDOW:])
             if abs(after - before) <= _WARM_UP_TOLERANCE * before:
                 break
+        if len(series) >= _LEAST_WARM_UP_RUNS and sum(series) / 1e9 > plan.warm_up_limit_s:
+            break
     return len(series)
 
 
 def _interleave(
-    opened: Sequence[tuple[Candidate, Runner]], runs: int, clock_ns: Callable[[], int]
+    opened: Sequence[tuple[Candidate, Runner]], plan: Schedule, clock_ns: Callable[[], int]
 ) -> dict[str, list[int]]:
-    """One run of each in turn, `runs` times; the garbage collector waits."""
+    """One run of each in turn, as often as the schedule says; the garbage collector waits."""
     series: dict[str, list[int]] = {candidate.name: [] for candidate, _ in opened}
     collecting = gc.isenabled()
+    started, index = clock_ns(), 0
     gc.disable()
     try:
-        for index in range(runs):
+        while _goes_on(plan, index, (clock_ns() - started) / 1e9):
             for candidate, runner in opened:
                 feeds = candidate.feeds[index % len(candidate.feeds)]
                 series[candidate.name].append(_timed(runner, feeds, clock_ns))
+            index += 1
     finally:
         if collecting:
             gc.enable()
     return series
+
+
+def _goes_on(plan: Schedule, done: int, elapsed_s: float) -> bool:
+    if done < plan.runs:
+        return done < _LEAST_RUNS or elapsed_s <= plan.most_pair_s
+    return done < _MOST_FOLD * plan.runs and elapsed_s < plan.least_pair_s
 
 
 def _timing(

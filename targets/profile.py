@@ -10,7 +10,9 @@ SCHEMA_VERSION = 1
 
 Evidence = Literal["measured-on-target", "measured-elsewhere", "modelled", "none"]
 FigureEvidence = Literal["measured-on-target", "measured-elsewhere", "documented", "modelled", "none"]
-Form = Literal["float", "dynamic", "static", "weight-only"]
+Form = Literal["float", "dynamic", "static", "weight-only", "fp16", "bf16", "fp16-storage", "bf16-storage"]
+"""How a node computes: in float32, in integers (three ways), in 16-bit floats, or in float32 with its
+weights stored in 16 bits. Kernels of 16-bit floats have the form "float" and their types."""
 ElementType = Literal["uint8", "int8", "uint4", "int4", "float32", "float16", "bfloat16"]
 Granularity = Literal["per-tensor", "per-channel", "per-row", "block"]
 Grade = Literal["fast", "works", "refused"]

@@ -19,6 +19,14 @@ hypothesis.settings.register_profile("edgepress", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("edgepress")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the run's own: timings and exports of earlier runs decide nothing in tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real models and data (EDGEPRESS_DATA); tests that need it skip without it."""

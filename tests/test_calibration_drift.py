@@ -11,7 +11,7 @@ import pytest
 from edgepress.calibration import drift as drift_module
 from edgepress.calibration.data import open_data
 from edgepress.calibration.drift import DriftReport, measure_drift
-from edgepress.calibration.limits import check_limits, default_metric
+from edgepress.calibration.limits import Bound, check_limits, default_metric
 from edgepress.calibration.reference import ReferenceOutputs
 from edgepress.graph.errors import DataError, InternalError, NotSupported, RecipeError
 from edgepress.graph.model import Task, TensorSpec
@@ -134,9 +134,12 @@ def test_spearman_of_scored_pairs(sentences):
     assert metric.baseline == pytest.approx(slow, abs=0.02)
     assert metric.change == pytest.approx(metric.candidate - metric.baseline)
     assert report.pairs == 25
-    drop = check_limits(report, {"spearman": 2.0})[0]
+    drop = check_limits(report, {"spearman": Bound(limit=2.0, absolute=True)})[0]
     assert drop.met
     assert drop.value == pytest.approx(-metric.change)
+    assert drop.interval == pytest.approx((-metric.change_interval[1], -metric.change_interval[0]))
+    relative = check_limits(report, {"spearman": 0.5})[0]
+    assert relative.value == pytest.approx(-metric.change / abs(metric.baseline))
 
 
 def test_candidate_that_collapses_has_no_correlation(sentences):

@@ -110,21 +110,42 @@ def test_f1(points):
     assert metrics.f1_score(labels, predictions) == pytest.approx(slow)
 
 
-@given(matrices)
-def test_running_mean(rows):
-    mean = metrics.MeanSum()
-    for row in rows:
-        mean.add(row)
-    assert mean.mean == pytest.approx(float(rows.astype(np.float64).mean()), abs=1e-9)
-    spread = rows.astype(np.float64).std(ddof=1) / math.sqrt(rows.size)
-    low, high = mean.interval
-    assert (high - low) / 2 == pytest.approx(1.959964 * spread, rel=1e-4, abs=1e-4)
+@pytest.mark.parametrize(("hits", "total"), [(1, 4), (3, 20), (19, 20), (7, 150), (600, 1000)])
+def test_binomial_interval_against_sums_of_the_distribution(hits, total):
+    def upper_tail(share, least):
+        terms = range(least, total + 1)
+        return math.fsum(math.comb(total, k) * share**k * (1 - share) ** (total - k) for k in terms)
+
+    low, high = metrics.binomial_interval(hits, total)
+    assert upper_tail(low, hits) == pytest.approx(0.025, rel=1e-6)
+    assert 1 - upper_tail(high, hits + 1) == pytest.approx(0.025, rel=1e-6)
+
+
+def test_binomial_interval_at_the_ends():
+    assert metrics.binomial_interval(0, 0) is None
+    low, high = metrics.binomial_interval(0, 30)
+    assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 30)))
+    low, high = metrics.binomial_interval(30, 30)
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 30)), 1.0)
+
+
+def test_ratio_interval_of_a_mean_and_of_a_ratio():
+    random = np.random.default_rng(2)
+    values, weights = random.exponential(size=300), random.integers(1, 9, 300).astype(float)
+    low, high = metrics.ratio_interval(values, np.ones(300))
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / math.sqrt(300), rel=0.15)
+    # Delta method for a ratio of sums.
+    ratio = values.sum() / weights.sum()
+    spread = (values - ratio * weights).std() / weights.mean() / math.sqrt(300)
+    low, high = metrics.ratio_interval(values, weights)
+    assert low < ratio < high
+    assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.15)
+    assert metrics.ratio_interval(values, weights) == (low, high)
+    assert metrics.ratio_interval(values[:1], weights[:1]) is None
+    assert metrics.ratio_interval(values, np.zeros(300)) is None
 
 
 def test_intervals_have_known_values():
-    # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3: 81 of 263.
-    assert metrics.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert metrics.wilson_interval(0, 0) is None
     low, high = metrics.paired_interval(0, 0, 100)
     assert low < 0 < high
     low, high = metrics.paired_interval(5, 30, 200)

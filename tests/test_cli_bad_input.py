@@ -364,8 +364,8 @@ def unknown_stage_to_skip(folder):
 
 
 @kind
-def precision_of_a_later_release(folder):
-    return Case(compiling(folder, "--precision", "bf16"), 4, "bf16")
+def precision_that_the_target_has_no_kernels_for(folder):
+    return Case(compiling(folder, "--precision", "bf16-compute"), 4, "bfloat16")
 
 
 @kind

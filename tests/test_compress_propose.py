@@ -7,6 +7,8 @@ import onnx_ir as ir
 import pytest
 from edgepress.compress.lower import fusion_passes
 from edgepress.compress.propose import Request, is_quantized, propose
+from edgepress.runtimes.base import SessionOptions
+from edgepress.runtimes.ort_runtime import optimised_graph
 from edgepress.targets.profile import Kernel
 from edgepress.targets.registry import load_target
 
@@ -263,13 +265,24 @@ def test_keep_float_by_node_and_by_weight_name():
     model, _ = case.zoo("residual")
     plan = case.plan_of(model, keep_float=("add", "c1"))
     assert {item.node: item.form for item in plan.decisions} == {
-        "c1": "float", "c2": "static", "c3": "static",
+        "c1": "float", "c2": "static", "c3": "static", "add": "float",
     }  # fmt: skip
-    # The Add reads c1's float result: it is no node between integers any more.
-    assert plan.notes == ("--keep-float 'add' matches nothing that would be quantized",)
     plan = case.plan_of(model, keep_float=("add",))
     assert case.by_node(plan)["add"].reason == "kept in float by --keep-float 'add'"
     assert plan.notes == ()
+
+
+def test_an_addition_takes_the_integers_that_a_convolution_reads_anyway():
+    """As in a ResNet whose first convolution is float: the second one quantizes its result anyway."""
+    model, feeds = case.zoo("residual")
+    plan = case.plan_of(model, keep_float=("c1",))
+    assert case.by_node(plan)["add"].form == "static"
+    lowered = case.quantized(model, plan, feeds)
+    for sample in feeds:
+        wanted, found = case.run(model, sample)[0], case.run(lowered, sample, optimise=True)[0]
+        np.testing.assert_allclose(found, wanted, atol=0.05 * np.abs(wanted).max())
+    graph = optimised_graph(lowered, SessionOptions())
+    assert "QLinearAdd" in {node.op_type for node in graph.graph}
 
 
 def test_a_pattern_that_matches_nothing_is_told():
@@ -279,7 +292,7 @@ def test_a_pattern_that_matches_nothing_is_told():
 
 def test_reduced_range_and_activation_types_follow_the_target():
     model, _ = case.zoo("residual")
-    avx2 = case.by_node(case.plan_of(model, "x86-64-avx2"))
+    avx2 = case.by_node(case.plan_of(model, "x86-64-avx2", allow_unmeasured=True))
     assert avx2["c1"].weight_scheme.reduced_range
     assert avx2["c1"].activation.dtype == "uint8"
     vnni = case.by_node(case.plan_of(model, case.X86))
@@ -289,7 +302,7 @@ def test_reduced_range_and_activation_types_follow_the_target():
     assert {
         item.activation.dtype for item in case.by_node(case.plan_of(model, "raspberry-pi-4")).values()
     } == {"uint8"}
-    dynamic = decisions(ENCODER, W, "x86-64-avx2")
+    dynamic = decisions(ENCODER, W, "x86-64-avx2", allow_unmeasured=True)
     assert dynamic["m1"].weight_scheme.reduced_range
 
 
@@ -525,6 +538,10 @@ def test_a_kernel_without_source_is_no_evidence():
     )  # fmt: skip
     profile = msgspec.structs.replace(load_target(case.X86), kernels=(kernel,))
     item = decisions(ENCODER, W, profile)["m1"]
+    reason = f"nobody has measured whether dynamic MatMul is faster than float on {case.X86}"
+    assert (item.form, item.reason) == ("float", reason)
+    assert item.remedy.startswith("pass --allow-unmeasured")
+    item = decisions(ENCODER, W, profile, allow_unmeasured=True)["m1"]
     assert (item.form, item.reason, item.evidence) == ("dynamic", "kernel k (works)", "none")
 
 

@@ -42,7 +42,7 @@ recipes = st.builds(
     Recipe,
     target=names,
     target_overrides=st.dictionaries(names, texts, max_size=3),
-    precision=st.sampled_from(["auto", "int8", "bf16", "fp16", "fp32"]),
+    precision=st.sampled_from(["auto", "int8", "bf16", "bf16-compute", "fp16", "fp32"]),
     quantization=st.sampled_from(["auto", "dynamic", "static", "weight-only"]),
     calib_method=st.sampled_from(["auto", "minmax", "percentile", "entropy", "mse"]),
     max_drift=st.lists(limits, max_size=3, unique_by=lambda limit: limit.metric).map(tuple),

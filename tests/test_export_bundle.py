@@ -49,7 +49,7 @@ def start(folder, out, *options, **environment):
         text=True,
         env={**os.environ, **environment},
         # Tests that are run in the background ignore Ctrl-C, and their children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import subprocess
@@ -254,3 +255,22 @@ def test_a_killed_child_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(peak_memory_bytes() is None, reason="the system does not account memory")
 def test_own_memory_is_read() -> None:
     assert 1 << 20 < (resident_memory_bytes() or 0) <= (peak_memory_bytes() or 0)
+
+
+def test_a_pair_of_short_runs_goes_on_for_its_least_time() -> None:
+    clock, log = _Clock(), []
+    candidates = [_candidate(name, clock, log, lambda _: 1_000_000) for name in "ab"]
+    schedule = Schedule(pairs=1, runs=4, warm_up_runs=1, least_pair_s=0.05)
+    result = benchmark(candidates, schedule, clock_ns=clock)
+    assert (result.timings[0].runs, result.runs_per_pair) == (25, 25)  # 25 times both is 50 ms
+    endless = dataclasses.replace(schedule, least_pair_s=1e9)
+    assert benchmark(candidates, endless, clock_ns=clock).runs_per_pair == 50 * 4
+
+
+def test_long_runs_end_at_the_limits_of_pair_and_warm_up() -> None:
+    clock, log = _Clock(), []
+    candidates = [_candidate(name, clock, log, lambda _: 1_000_000_000) for name in "ab"]
+    schedule = Schedule(pairs=1, runs=20, warm_up_runs=5, most_pair_s=1.0, warm_up_limit_s=0.5)
+    result = benchmark(candidates, schedule, clock_ns=clock)
+    assert result.timings[0].runs == 3
+    assert result.timings[0].warm_up_runs == 2

@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ...calibration.collect import SPREAD, TYPICAL
 from ...graph.edit import Editor, constant, is_constant, only_use, producer, remove_dead
 from ...graph.errors import InternalError
 from ...graph.model import Model
 from ...graph.passes import Outcome, Pass
 from ..plan import Decision
 
-Limits = Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+ChannelLimits = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+Limits = Mapping[str, ChannelLimits]
 """Tensor name -> (minimum, maximum) per channel, each of shape (channels,)."""
 
 CENTRE = "centre-activations"
@@ -81,6 +83,35 @@ class CentreActivations(Pass):
         if outcome.applied:
             remove_dead(model)
         return outcome
+
+
+def moved_limits(before: Model, after: Model, limits: Limits) -> dict[str, ChannelLimits]:
+    """Limits of the normalizations' outputs as centring left them, from what became of their biases.
+
+    Args:
+        before: the model ahead of `CentreActivations`.
+        after: the model behind it.
+        limits: tensor name (and name + `TYPICAL`, name + `SPREAD`) -> (minimum, maximum), each of
+            shape (channels,).
+    """
+    old, new = (
+        {
+            str(node.outputs[0].name): node.inputs[2]
+            for node in model.graph
+            if len(node.inputs) >= _NORM_INPUTS
+        }
+        for model in (before, after)
+    )
+    moved = dict(limits)
+    for name, bias in old.items():
+        first, second = constant(bias), constant(new.get(name))
+        if name not in limits or first is None or second is None or first.dtype.kind != "f":
+            continue
+        shift = np.asarray(second, np.float32) - np.asarray(first, np.float32)
+        for key in (name, name + TYPICAL, name + SPREAD):
+            if key in limits:
+                moved[key] = limits[key][0] + shift, limits[key][1] + shift
+    return moved
 
 
 def _absorbing_readers(node: ir.Node) -> _Readers | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,11 +30,36 @@ def graph_of(node: ir.Node) -> ir.Graph:
     return node.graph
 
 
-class Stored:
-    """Constants in integers: each is stored once, however many nodes read it with the same scale."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Rounded:
+    """The weight of one node rounded by other means than to nearest, and the bias that goes with it.
 
-    def __init__(self, editor: Editor) -> None:
+    Attributes:
+        integers: int8, the shape of the weight.
+        scale: float32, shape () or (channels,).
+        bias: float64, shape (channels,), or None where the node's own is right.
+    """
+
+    integers: IntArray
+    scale: Float32Array
+    bias: npt.NDArray[np.float64] | None = None
+
+
+Rounding = Mapping[str, Rounded]
+"""Node name -> its weight's integers; the weight is read by that node alone."""
+
+
+class Stored:
+    """Constants in integers: each is stored once, however many nodes read it with the same scale.
+
+    Args:
+        editor: of the graph.
+        rounding: weights that are rounded already.
+    """
+
+    def __init__(self, editor: Editor, rounding: Rounding | None = None) -> None:
         self.editor = editor
+        self.rounding = rounding or {}
         self._weights: dict[tuple[int, Scheme], QuantizedWeight] = {}
         self._values: dict[tuple[int, bytes], ir.Value] = {}
 
@@ -59,7 +85,9 @@ class Stored:
         """A DequantizeLinear of stored integers in front of `node`, one for each reader."""
         (integers, scale), graph = contents, graph_of(node)
         stem = f"{origin.name}.{suffix}"
-        key = id(origin), scale.tobytes() + zero_point.tobytes() + suffix.encode()
+        # Two nodes may read one bias and have it corrected differently at one scale.
+        own = b"" if node.name not in self.rounding else str(node.name).encode()
+        key = id(origin), scale.tobytes() + zero_point.tobytes() + suffix.encode() + own
         if key not in self._values:
             self._values[key] = self.editor.tensor(integers, stem, graph)
         stored = self._values[key]
@@ -108,11 +136,15 @@ def _store_weight(
     data, weight, scheme = node.inputs[0], node.inputs[1], decision.weight_scheme
     if data is None or weight is None or weight.const_value is None or scheme is None:
         raise InternalError("a planned node has no constant weight", where=decision.node)
-    contents = stored.weight(weight, scheme)
+    contents, refined = stored.weight(weight, scheme), stored.rounding.get(decision.node)
+    if refined is not None:
+        contents = QuantizedWeight(ir.tensor(refined.integers), refined.scale)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     bias_values = constant(bias)
     if bias is not None and bias_values is not None:
         data_scale = scales[str(data.name)][0]
+        if refined is not None and refined.bias is not None:
+            bias_values = refined.bias
         flat = np.broadcast_to(bias_values.astype(np.float64).reshape(-1), contents.scale.shape)
         widened = _scale_for_bias(contents.scale, data_scale, flat)
         if not np.array_equal(widened, contents.scale):

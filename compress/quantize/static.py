@@ -16,7 +16,7 @@ from ...graph.passes import Outcome, Pass
 from ...graph.scheme import IntArray, Scheme, affine_parameters
 from ..operands import ABSORBED_OPS, INTEGER_BY_ITSELF_OPS, moves_data
 from ..plan import Decision
-from .constants import WEIGHTED, Stored, graph_of, store_constants
+from .constants import WEIGHTED, Rounding, Stored, graph_of, store_constants
 from .layout import Layout, static_layout
 from .respell import respell
 from .weights import Float32Array
@@ -32,11 +32,15 @@ Ranges = Mapping[str, tuple[float, float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeStatic(Pass):
-    """Insert the Q/DQ pairs of a layout and store the planned weights as int8, biases as int32."""
+    """Insert the Q/DQ pairs of a layout and store the planned weights as int8, biases as int32.
+
+    Weights in `rounding` are stored as they stand there, all others rounded to nearest.
+    """
 
     decisions: tuple[Decision, ...]
     layout: Layout
     ranges: Ranges = dataclasses.field(default_factory=dict, repr=False)
+    rounding: Rounding = dataclasses.field(default_factory=dict, repr=False)
 
     def run(self, model: Model) -> Outcome:
         """See `Pass.run`."""
@@ -57,7 +61,7 @@ class QuantizeStatic(Pass):
         )
         by_name = {value.name: value for value in model.graph.inputs}
         by_name |= {value.name: value for node in model.graph for value in node.outputs}
-        stored = Stored(editor)
+        stored = Stored(editor, self.rounding)
         ranges = {**self.ranges, **respelled.fixed}
         scales = {name: _parameters(source, ranges, layout) for name, source in layout.source.items()}
         # Weights first: they read the scale of the data input, whose name is still the original one.

@@ -1,0 +1,27 @@
+"""How a bound of memory is written."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from ..graph.errors import RecipeError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SIZE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 512MB, 1.5GiB or 300000000.
+
+    Raises:
+        RecipeError: if it is no such size, or nothing.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit = None if match is None else _UNITS.get(match[2].lower())
+    size = 0 if match is None or unit is None else math.floor(float(match[1]) * unit)
+    if size < 1:
+        raise RecipeError(
+            f"{text!r} is no size", where="--max-memory", remedy="write it as 512MB, 1.5GB or 256MiB"
+        )
+    return size

@@ -1,0 +1,1 @@
+"""Closer INT8 without labels: channels equalized, weights rounded and biases corrected on recorded data."""
