@@ -127,7 +127,9 @@ def _pause_after(files, marker):
         written.append(target)
         if len(written) == files:
             marker.touch()
-            time.sleep(60)
+            # In short steps: a signal that comes just before a sleep begins is seen when it ends.
+            for _ in range(600):
+                time.sleep(0.1)
         return digest
 
     bundle_module._write = write
