@@ -68,6 +68,7 @@ class MeasuredStages:
     source: Source
     folder: Path
     prepared: Model
+    plain: Model
     records: list[PassRecord]
     ranges: Ranges
     current_plan: Plan
@@ -283,5 +284,5 @@ class MeasuredStages:
         if not self.verdicts:
             return {}
         asked = dataclasses.replace(self.request, quantization=quantization, verdicts={})
-        table = {item.node: item.form for item in propose(self.prepared, self.profile, asked).decisions}
+        table = {item.node: item.form for item in propose(self.plain, self.profile, asked).decisions}
         return pinned_forms(table, self.verdicts)
