@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import io
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import onnx
+from edgepress.benchmarks import peers
 from edgepress.benchmarks.zoo import quiet
 
 _ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
@@ -84,7 +82,7 @@ def by_transformers(name: str) -> Callable[[Path, Path], None]:
     def fuse(file: Path, output: Path) -> None:
         from onnxruntime.transformers import optimizer
 
-        with _quietly():
+        with peers.quietly():
             made = optimizer.optimize_model(
                 str(file),
                 model_type=_OPTIMIZER_TYPES.get(name, "bert"),
@@ -133,14 +131,3 @@ def innermost(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:120]
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

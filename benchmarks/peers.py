@@ -19,7 +19,7 @@ _CONVERTED_OPSET = 17
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep the quantizers' advice and progress off the screen; errors still come through."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -36,7 +36,7 @@ def quantize_dynamic(model: Path, output: Path) -> Path:
     from onnxruntime.quantization import quantize_dynamic as quantize
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _quietly():
+    with quietly():
         quantize(model, output, per_channel=True, weight_type=QuantType.QInt8)
     return output
 
@@ -79,7 +79,7 @@ def preprocess(model: Path, output: Path) -> Path:
         inline = output.with_suffix(".inline.onnx")
         onnx.save(onnx.load(model), inline)
         model = inline
-    with _quietly():
+    with quietly():
         quant_pre_process(model, output, skip_symbolic_shape=True)
     return output
 
@@ -109,7 +109,7 @@ def quantize_static(
 
     prepared = preprocess(model, output.with_suffix(".prepared.onnx"))
     types = ort_quantization.QuantType
-    with _quietly():
+    with quietly():
         ort_quantization.quantize_static(
             prepared,
             output,

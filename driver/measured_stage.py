@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -59,7 +60,7 @@ _NOT_ALONE = "gains little by itself, and the whole model was slower with it"
 TimedForm = tuple[str, "Path", "SessionOptions"]
 
 
-class MeasuredStages:
+class MeasuredStages(ABC):
     """What `_Compile` does by time; the attributes are its own."""
 
     recipe: Recipe
@@ -93,25 +94,25 @@ class MeasuredStages:
         self.fusions = {}
         self.session_config = None
 
+    @abstractmethod
     def prepare_with(self, recipe: Recipe) -> tuple[Model, list[PassRecord]]:
         """The cleaned and fused graph for a recipe's switches."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lower(self, plan: Plan, folder: Path) -> Candidate:
         """A plan carried out, in files of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def replace(self, candidate: Candidate, rivals: Sequence[TimedForm] = ()) -> None:
         """Take another candidate, with its own drift and timing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def warn(self, text: str) -> None:
         """Tell it and keep it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def time(self, rivals: Sequence[TimedForm] = (), rounds: int | None = None) -> BenchmarkResult:
         """Time the candidate against the model that went in, beside rivals."""
-        raise NotImplementedError
 
     def settle_fusions(self) -> None:
         """Turn those fusions on that are faster here; with pins, as they say."""
