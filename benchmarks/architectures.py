@@ -4,7 +4,8 @@ Every net is built from its transformers config (tiny, or near the published siz
 with a dynamic batch (and length, where it has one), and compared with torch at three shapes before and after
 edgepress has cleaned it up and fused it. Beside it stand what onnxruntime fuses when it loads the export,
 onnxruntime.transformers' optimizer, and onnxscript's ort_fusions: nodes (attention/norm/gelu operators).
-Attention of edgepress counts blocks in the form of product, softmax, product with nothing left between them.
+Attention of edgepress counts the blocks that it recognises; they stay product, softmax, product, as one
+operator is no faster here.
 
 Then INT8 for host and raspberry-pi-5, and by onnxruntime's quantizer (static per-channel U8S8 where edgepress
 chose static, else dynamic per-channel), all calibrated and compared with float on the same random inputs. The

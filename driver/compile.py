@@ -12,14 +12,12 @@ from ..calibration.limits import own_metrics
 from ..calibration.task_metrics import require_own_metrics
 from ..compress.emulate.predict import isa_notes
 from ..compress.operands import TABLE_OPS
-from ..compress.plan import Plan
 from ..compress.propose import Request, is_quantized, propose
 from ..compress.recipe import Pins, Quantization, Recipe
-from ..compress.refine.entry import FLOAT_ENTRY
 from ..compress.typed.request import TypedForm, form_of
 from ..export.place import check_output
 from ..export.verify import verify_bundle
-from ..frontends.source import Source, load_source
+from ..frontends.source import load_source
 from ..graph.errors import NotSupported, RecipeError
 from ..graph.load import require_no_nan
 from ..graph.save import save_model
@@ -27,18 +25,17 @@ from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from ..targets.registry import load_target
 from .budget import hold, open_budget
+from .build_stage import BuildStages
 from .bundling import bundle
 from .cache import cache_folder
 from .calib_cache import CalibCache
 from .candidate import Candidate, build, check_samples, prepare
-from .conditioning import Conditions, condition
-from .data_sets import DataSets, open_data_sets
+from .data_sets import open_data_sets
 from .input_shapes import check_shapes
 from .local_benchmark import COMPILED, WITHOUT_OPTIONS, slowness, time_against_baseline, timing_inputs
-from .measured_stage import MeasuredStages, TimedForm
+from .measured_stage import TimedForm
 from .observing import ranges_digest
 from .pareto import ParetoLog
-from .refining import refine
 from .reporter import Reporter, SilentReporter
 from .result import CompileResult, Sizes, next_commands, weakest_evidence
 from .typed_plan import estimate_drift, propose_typed, storage_doubts
@@ -47,15 +44,13 @@ from .workspace import workspace
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..calibration.data import CalibrationData
     from ..calibration.drift import DriftReport
     from ..compress.quantize.constants import Rounding
     from ..compress.quantize.static import Ranges
     from ..graph.model import Model
     from ..graph.passes import PassRecord
-    from ..runtimes.base import Array
     from ..runtimes.timing import BenchmarkResult
-    from ..targets.profile import Evidence, TargetProfile
+    from ..targets.profile import Evidence
 
 INT8, FUSIONS = "int8", "fusions"
 """What a slower form is rolled back to lose, as pins name it."""
@@ -121,23 +116,11 @@ def compile_model(
         return work.result(place, str(model))
 
 
-class _Compile(MeasuredStages):
+class _Compile(BuildStages):
     """The state of one compile; each method is a stage that needs the ones before it."""
 
-    source: Source
-    profile: TargetProfile
     typed: TypedForm | None
-    folder: Path
-    sets: DataSets
-    cache: CalibCache | None
     baseline_file: Path
-    baseline: OrtSession
-    samples: list[dict[str, Array]]
-    expected: list[dict[str, Array]]
-    prepared: Model
-    plain: Model
-    current_plan: Plan
-    candidate: Candidate
 
     def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
         super().__init__()
@@ -291,84 +274,6 @@ class _Compile(MeasuredStages):
             )
         self.notes.append(text)
         self.reporter.warn(text)
-
-    def build(self) -> None:
-        """Ready what is dynamic, calibrate what is static, apply the plan, let the runtime confirm it."""
-        data = self.sets.calibrate
-        self.plain = self.prepared
-        self._condition(data)
-        if self.sets.calibrated:
-            self._calibrate(data)
-        if self.cache is not None and data is not None:
-            note = self.cache.write(self.source.model, data, self.recipe.calib_method)
-            if note is not None:
-                self.notes.append(note)
-        with self.reporter.stage("applying the plan"):
-            self.candidate = self.lower(self.current_plan, self.folder / "candidate")
-        self.built = True
-        for finding in self.candidate.audit.unplanned:
-            self._warn(
-                f"{finding.node} is planned in float, but the runtime makes {finding.runtime_op} of it"
-            )
-
-    def _calibrate(self, data: CalibrationData | None) -> None:
-        pins = self.recipe.pins
-        times = self.may_time and pins is None and "benchmark" not in self.recipe.skip
-        made = refine(
-            self.prepared,
-            self.current_plan,
-            self._conditions(data),
-            folder=self.folder,
-            feeds=timing_inputs(self.source, self.recipe) if times else None,
-        )
-        self.prepared, self.current_plan = made.model, made.plan
-        self.ranges, self.rounding = made.ranges, made.rounding
-        self.reverted = tuple(dict.fromkeys((*self.reverted, *made.reverted)))
-        # Equalization and rounding are found again by the same data; what was timed is pinned.
-        self.fusions |= {name: kept for name, kept in made.fusions.items() if name == FLOAT_ENTRY}
-        self.notes += made.notes
-        if pins is not None and self.ranges and pins.ranges_sha256 not in (None, ranges_digest(self.ranges)):
-            self._warn("calibration found other ranges than those that the recipe pins")
-
-    def _condition(self, data: CalibrationData | None) -> None:
-        """Ready the graph for dynamic INT8; `plain` is what a form without it is made of."""
-        made = condition(self.prepared, self.current_plan, self._conditions(data))
-        self.prepared, self.current_plan = made.model, made.plan
-        self.notes += made.notes
-
-    def _conditions(self, data: CalibrationData | None) -> Conditions:
-        calibrated = self.sets.calibrated
-        return Conditions(
-            data=data if calibrated else None,
-            cache=self.cache if calibrated else None,
-            recipe=self.recipe,
-            profile=self.profile,
-            baseline=self.baseline,
-            task=self.source.model.task,
-            samples=self.samples,
-            expected=self.expected,
-            reporter=self.reporter,
-        )
-
-    def lower(self, plan: Plan, folder: Path) -> Candidate:
-        pins = self.recipe.pins
-        made = self._lowered(plan, folder)
-        if pins is None or pins.session_config is None:
-            return made
-        return dataclasses.replace(made, config=dict(pins.session_config))
-
-    def _lowered(self, plan: Plan, folder: Path) -> Candidate:
-        computes = any(item.form in ("dynamic", "static") for item in plan.decisions)
-        graph = self.prepared if computes else self.plain
-        return build(
-            graph,
-            plan,
-            self.ranges,
-            self.profile,
-            folder,
-            with_shapes=self.keeps_source_graph(),
-            rounding=self.rounding,
-        )
 
     def hold_limits(self) -> None:
         if "drift" in self.recipe.skip or self.sets.evaluate is None:

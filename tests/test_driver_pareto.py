@@ -101,7 +101,7 @@ def test_groups_that_cannot_be_cut_out_are_built_and_run_alone(tmp_path, monkeyp
     def without_source(*arguments, **options):
         return dataclasses.replace(build(*arguments, **options), prepared=None)
 
-    monkeypatch.setattr("edgepress.driver.compile.build", without_source)
+    monkeypatch.setattr("edgepress.driver.build_stage.build", without_source)
     cut = []
     monkeypatch.setattr(budget_module, "measure_sensitivity", lambda *_, **__: cut.append(1))
     result = compiled(
