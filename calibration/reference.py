@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..graph.errors import DataError, InternalError
 from ..graph.model import Task
+from ..runtimes.feeds import fit_floats, widen_floats
 from .data import CalibrationData
 from .representation import Representation, count_non_finite
 
@@ -129,8 +130,11 @@ class ReferenceOutputs:
 def run_batches(
     runner: Runner, data: CalibrationData, batch_size: int
 ) -> Iterator[tuple[Mapping[str, Array], dict[str, Array], int]]:
-    """Feeds, outputs and how many samples count, batch by batch."""
+    """Feeds, outputs and how many samples count, batch by batch.
+
+    Floats go in as the runner declares them, and 16-bit ones come out as float32.
+    """
     taken = {spec.name for spec in runner.inputs}
     for feeds, count in data.batches(batch_size):
         own = {name: values for name, values in feeds.items() if name in taken}
-        yield feeds, runner.run(own), count
+        yield feeds, widen_floats(runner.run(fit_floats(runner.inputs, own))), count

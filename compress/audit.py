@@ -63,6 +63,8 @@ def audit(model_file: Path, plan: Plan, profile: TargetProfile) -> Audit:
         plan: its plan.
         profile: gives the config entries under which this machine's runtime optimises like the target's.
     """
+    if profile.runtime.name != "onnxruntime":  # another runtime's engine says nothing before it is built
+        return Audit(findings=(), operators={})
     graph = optimised_graph(model_file, SessionOptions(config=dict(profile.audit_config))).graph
     nodes = list(graph.all_nodes())
     readers: dict[str, list[ir.Node]] = {}

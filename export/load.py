@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..compress.typed.twin import open_session
 from ..frontends.text import TextEncoder
 from ..graph.errors import DataError, ModelError, VerifyFailed
 from ..graph.model import TensorSpec
+from ..runtimes.base import Runner
 from ..runtimes.feeds import check_feeds
-from ..runtimes.ort_runtime import OrtSession
 from .checksums import check_sums
 from .manifest import Manifest
 from .verify import read_manifest
@@ -28,10 +29,10 @@ class LoadedModel:
     Use it as a context manager, or call `close`, to give the memory back at once.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, session: OrtSession) -> None:
+    def __init__(self, path: Path, manifest: Manifest, session: Runner) -> None:
         self.path = path
         self.manifest = manifest
-        self._session: OrtSession | None = session
+        self._session: Runner | None = session
         self._encoder: TextEncoder | None = None
 
     @property
@@ -135,7 +136,9 @@ def load(path: str | Path, *, threads: int | None = None, verify_sums: bool = Fa
         )
     recorded = manifest.golden.threads if manifest.golden is not None else 1
     options = manifest.session_options.options(threads=recorded if threads is None else threads)
-    return LoadedModel(folder, manifest, OrtSession(folder / "model.onnx", options))
+    precision = manifest.precision
+    session = open_session(folder / "model.onnx", options, precision.form, precision.io_dtype)
+    return LoadedModel(folder, manifest, session)
 
 
 def _fitted(value: npt.ArrayLike, spec: TensorSpec) -> Array:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from ..compress.recipe import IoDtype
 from ..graph.errors import ModelError, NotSupported
 from ..graph.model import Origin, Task, TensorSpec
 from ..runtimes.base import SessionOptions
@@ -122,9 +123,10 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class TargetRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The target by name, and the SHA-256 of its profile after overrides."""
+    """The target by name, the runtime that runs the model there, and the SHA-256 of its profile."""
 
     name: str
+    runtime: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     profile_digest: str
 
     def __post_init__(self) -> None:
@@ -153,11 +155,13 @@ class PrecisionSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """What was asked for, what was done, and how many operators run in which type.
 
     `form` is the plan's precision: "bf16-storage" and "fp16-storage" say that weights are kept in 16
-    bits and computed with in float32, "fp16" and "bf16" that the arithmetic is 16 bits too.
+    bits and computed with in float32, "fp16" and "bf16" that the arithmetic is 16 bits too. `io_dtype`
+    says that the model's float32 inputs and outputs were made 16 bits; fp32 leaves them as they were.
     """
 
     requested: str
     form: str = ""
+    io_dtype: IoDtype = "fp32"
     quantization: str
     operators: dict[str, int]
 

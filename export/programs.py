@@ -6,6 +6,7 @@ import json
 import math
 from importlib import resources
 
+from ..compress.typed.twin import needs_twin
 from ..graph.model import TensorSpec
 from .manifest import Manifest
 
@@ -37,7 +38,9 @@ def programs(manifest: Manifest) -> dict[str, bytes]:
     first golden sample where there is one, the others on zeros.
     """
     types = {spec.dtype for spec in manifest.model.inputs}
-    found = {}
+    found: dict[str, str] = {}
+    if needs_twin(manifest.precision.form, manifest.precision.io_dtype):
+        return {}  # onnxruntime has no kernels for it
     if types <= (set(_ELEMENTS) | {"string"}) - _NOT_IN_NUMPY:
         found["snippets/run_python.py"] = _python(manifest)
     if types <= set(_ELEMENTS):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ..graph.model import TensorSpec
 from .manifest import Manifest
 
+_IO_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 _FILES = {
     "model.onnx": "the model",
     "model.onnx.data": "its weights",
@@ -48,6 +49,11 @@ def _summary(manifest: Manifest) -> str:
         f"operators: {counts or 'not counted'}; "
         f"evidence for the choices: {manifest.evidence}.",
     ]
+    if precision.io_dtype != "fp32":
+        lines.append(
+            f"Float inputs and outputs are {_IO_NAMES[precision.io_dtype]} (see the interface below): "
+            "convert arrays before they go in. Drift was measured with arrays rounded so, in float32."
+        )
     if manifest.stamps:
         lines.append(
             f"**{', '.join(manifest.stamps)}**: see manifest.json for what this means for the figures."
@@ -75,6 +81,14 @@ def _how_to_run(manifest: Manifest, names: set[str]) -> str:
     lines += ["```", ""]
     if "snippets/run_python.py" in names:
         lines += ["Without it (numpy and onnxruntime only): `python snippets/run_python.py`.", ""]
+    if manifest.target.runtime == "tensorrt":
+        lines += [
+            "This is the ONNX graph for TensorRT: build the engine on the device, "
+            "`trtexec --onnx=model.onnx --stronglyTyped --saveEngine=model.plan` (TensorRT 8: `--fp16` "
+            "instead of `--stronglyTyped`). Golden samples and drift were made with onnxruntime's CPU "
+            "kernels, not with an engine.",
+            "",
+        ]
     settings = manifest.session_options
     if settings.graph_optimization_level is not None or settings.config:
         chosen = [f"`{key}` = `{value}`" for key, value in settings.config.items()]

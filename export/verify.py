@@ -10,9 +10,9 @@ import msgspec
 
 from ..compress.plan import Plan
 from ..compress.recipe import parse_recipe
+from ..compress.typed.twin import open_session
 from ..graph.errors import DataError, ModelError, UserError, VerifyFailed
 from ..graph.model import TensorSpec
-from ..runtimes.ort_runtime import OrtSession
 from .checksums import SUMS_NAME, bundle_digest, check_sums, list_files
 from .environment import numeric_environment
 from .golden import failures
@@ -188,7 +188,12 @@ def _check_model(path: Path, manifest: Manifest, *, exact: bool, progress: Progr
     options = manifest.session_options.options(threads=golden.threads if golden is not None else 1)
     try:
         weight_bytes = sum((path / name).stat().st_size for name in manifest.model.files)
-        session = OrtSession(path / "model.onnx", options.for_answers(weight_bytes))
+        session = open_session(
+            path / "model.onnx",
+            options.for_answers(weight_bytes),
+            manifest.precision.form,
+            manifest.precision.io_dtype,
+        )
     except UserError as error:
         return [f"model.onnx: {error.what}" + (f" ({error.why})" if error.why else "")]
     problems = [

@@ -11,7 +11,9 @@ import msgspec
 from .errors import InternalError
 
 if TYPE_CHECKING:
-    from .model import Model
+    from .model import Model, TensorSpec
+
+    Interface = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,7 +57,8 @@ class Pass:
 
     `requires` runs before, `ensures` after; both raise an `EdgepressError` when the graph is not
     as the pass needs or promises. `run` may change only what its name says, keeps the graph's
-    inputs and outputs (names, order, types, shapes), and reports what it did and refused. The
+    inputs and outputs (names, order, types, shapes) but for what `interface` announces, and reports
+    what it did and refused. The
     smallest example is `graph/cleanup.py: RemoveUnused`.
     """
 
@@ -74,6 +77,10 @@ class Pass:
     def ensures(self, model: Model) -> None:
         """Raise if the graph is not what the pass promises."""
 
+    def interface(self, before: Interface) -> Interface:
+        """The inputs and outputs that the pass leaves, of those that it found: as a rule the same."""
+        return before
+
 
 def run_passes(model: Model, passes: Iterable[Pass]) -> list[PassRecord]:
     """Run passes in order on `model` (changed in place); returns one record per pass.
@@ -88,17 +95,17 @@ def run_passes(model: Model, passes: Iterable[Pass]) -> list[PassRecord]:
     records = []
     for step in passes:
         step.requires(model)
-        interface_before = (model.inputs, model.outputs)
+        promised = step.interface((model.inputs, model.outputs))
         structure_before = model.structure_hash()
         outcome = step.run(model)
         step.ensures(model)
         changed = model.structure_hash() != structure_before
         if changed and not outcome.applied:
             raise InternalError(f"pass {step.name} changed the graph without saying so")
-        if (model.inputs, model.outputs) != interface_before:
+        if (model.inputs, model.outputs) != promised:
             raise InternalError(
                 f"pass {step.name} changed the graph's inputs or outputs",
-                why=f"before: {interface_before}; after: {(model.inputs, model.outputs)}",
+                why=f"promised: {promised}; after: {(model.inputs, model.outputs)}",
             )
         record = PassRecord(
             name=step.name,

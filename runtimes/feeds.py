@@ -11,6 +11,8 @@ from ..graph.errors import DataError
 from ..graph.model import TensorSpec
 from .base import Array
 
+_HALVES = frozenset({"float16", "bfloat16"})
+
 
 def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> dict[str, Array]:
     """The feeds in the model's order, each of the declared type and shape.
@@ -28,6 +30,52 @@ def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> dict
     if unknown or missing:
         raise _wrong_names(known, unknown, missing)
     return {spec.name: _checked(spec, feeds[spec.name]) for spec in specs}
+
+
+def fit_floats(specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """The feeds with float32 arrays rounded to the 16-bit floats that inputs declare, and halves widened.
+
+    Everything else goes through as it is, to be judged by `check_feeds`.
+
+    Args:
+        specs: the model's inputs.
+        feeds: arrays by name, of any shape.
+
+    Raises:
+        DataError: if a finite value lies beyond the declared type's largest number.
+    """
+    declared = {spec.name: spec.dtype for spec in specs}
+    return {name: _fitted(name, declared.get(name, ""), value) for name, value in feeds.items()}
+
+
+def widen_floats(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays with 16-bit floats as float32, which holds each of them exactly."""
+    return {
+        name: values.astype(np.float32) if values.dtype.name in _HALVES else values
+        for name, values in arrays.items()
+    }
+
+
+def _fitted(name: str, declared: str, value: Array) -> Array:
+    if value.dtype.name == declared or {value.dtype.name, declared} - {"float32", *_HALVES}:
+        return value
+    if declared == "bfloat16":
+        import ml_dtypes
+
+        wanted = np.dtype(ml_dtypes.bfloat16)
+    else:
+        wanted = np.dtype(declared)
+    with np.errstate(over="ignore"):
+        made = value.astype(wanted)
+    lost = int(np.count_nonzero(np.isfinite(value) & ~np.isfinite(made)))
+    if lost:
+        raise DataError(
+            f"{lost} values of input {name!r} lie beyond {declared}",
+            where=name,
+            why=f"the model takes {declared}, and the largest magnitude given is {np.abs(value).max():.4g}",
+            remedy="scale the input, or compile with --io-dtype fp32",
+        )
+    return made
 
 
 def describe(spec: TensorSpec) -> str:

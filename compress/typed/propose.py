@@ -61,7 +61,12 @@ HEADROOM = 2.0
 
 
 def propose_storage(
-    model: Model, profile: TargetProfile, form: Form, *, keep_float: Sequence[str] = ()
+    model: Model,
+    profile: TargetProfile,
+    form: Form,
+    *,
+    keep_float: Sequence[str] = (),
+    taken: Mapping[str, str] | None = None,
 ) -> Plan:
     """Weights stored in 16 bits behind a Cast that the runtime folds when it loads the file.
 
@@ -74,8 +79,9 @@ def propose_storage(
         profile: the target, for the plan's name.
         form: "bf16-storage" or "fp16-storage".
         keep_float: regular expressions searched in node and weight names.
+        taken: nodes that have another form already -> the reason to leave them alone.
     """
-    proposer = _Proposer(model, profile, form, keep_float)
+    proposer = _Proposer(model, profile, form, keep_float, taken)
     return _plan(profile, proposer, proposer.storage())
 
 
@@ -86,6 +92,7 @@ def propose_compute(
     *,
     keep_float: Sequence[str] = (),
     largest: Mapping[str, float] | None = None,
+    taken: Mapping[str, str] | None = None,
 ) -> Plan:
     """What computes in float16 or bfloat16 on a target that has the kernels, and what stays float32.
 
@@ -99,8 +106,9 @@ def propose_compute(
         keep_float: regular expressions searched in node and weight names.
         largest: tensor name -> largest magnitude that was seen; a tensor beyond half of the format's
             largest number keeps its producer and its readers in float32.
+        taken: nodes that have another form already -> the reason to leave them alone.
     """
-    proposer = _Proposer(model, profile, kind, keep_float)
+    proposer = _Proposer(model, profile, kind, keep_float, taken)
     return _plan(profile, proposer, proposer.compute(largest or {}))
 
 
@@ -117,13 +125,21 @@ def _plan(profile: TargetProfile, proposer: _Proposer, decisions: Sequence[Decis
 
 
 class _Proposer:
-    def __init__(self, model: Model, profile: TargetProfile, form: Form, keep_float: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        profile: TargetProfile,
+        form: Form,
+        keep_float: Sequence[str],
+        taken: Mapping[str, str] | None = None,
+    ) -> None:
         self.model = model
         self.profile = profile
         self.form = form
         self.kind: Format = "bf16" if form.startswith("bf16") else "fp16"
         self.patterns = [re.compile(text) for text in keep_float]
         self.matched: set[re.Pattern[str]] = set()
+        self.taken = taken or {}
         self.sizes = bind_axes(model, {})
         self._storable: dict[int, str | None] = {}
         self._losses: dict[int, Loss] = {}
@@ -140,7 +156,7 @@ class _Proposer:
         return found
 
     def _stored(self, node: ir.Node, form: Form) -> Decision:
-        kept = self._kept_by_user(node)
+        kept = self._kept(node)
         if kept is not None:
             return self._stay(node, kept)
         weights = list(weights_of(node))
@@ -213,7 +229,7 @@ class _Proposer:
     ) -> str | None:
         """Why a node stays float32, or None; the checks that read weights come last."""
         checks: tuple[Callable[[ir.Node], str | None], ...] = (
-            self._kept_by_user,
+            self._kept,
             self._outside,
             self._no_kernel,
             lambda item: self._does_not_follow(item, groups),
@@ -280,7 +296,10 @@ class _Proposer:
                 return f"{value.name!r}: {reason}"
         return None
 
-    def _kept_by_user(self, node: ir.Node) -> str | None:
+    def _kept(self, node: ir.Node) -> str | None:
+        taken = self.taken.get(node.name or "")
+        if taken is not None:
+            return taken
         names = [name for name in (node.name, weight_name(node)) if name]
         for pattern in self.patterns:
             if any(pattern.search(name) for name in names):
