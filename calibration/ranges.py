@@ -321,7 +321,9 @@ def _magnitude_levels(low: float, high: float, bound: float, scheme: Scheme) -> 
     smallest, largest = scheme.limits
     if scheme.symmetric:
         return (largest - smallest) // 2 + 1
-    return max(round((largest - smallest) * bound / (high - low)), 1) + 1
+    span = largest - smallest
+    # The last bin may end far above tiny values: no more integers than there are.
+    return min(max(round(span * min(bound / (high - low), 1.0)), 1), span) + 1
 
 
 def _divergence(magnitude: Floats, kept: int, levels: int) -> float:

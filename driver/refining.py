@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from ..compress.lower import apply_plan
 from ..compress.refine.entry import FLOAT_ENTRY, RelayEntry, entries, entry_in_float
 from ..compress.refine.equalize import EQUALIZE, EqualizeChannels, collect_magnitudes, equalizable
 from ..compress.refine.learned import LEARNED_ROUNDING, learn_rounding, learnable
+from ..compress.refine.output_ranges import OUTPUT_RANGES, choose_output_ranges
+from ..compress.refine.shortcut import SHORTCUT, ConvolveShortcuts, convolved, shortcuts
 from ..graph.errors import EdgepressError
 from ..graph.passes import run_passes
 from ..graph.save import save_model
@@ -39,7 +42,10 @@ if TYPE_CHECKING:
 
 _SAMPLES = 256
 _WORTHWHILE = 0.99
-_STATIC, _ENTRY = "static", "first layer in float"
+_STATIC, _ENTRY, _CONVOLVED = "static", "first layer in float", "shortcuts convolved"
+
+TIMED = frozenset({FLOAT_ENTRY, SHORTCUT})
+"""The steps that depend on a timing: a recipe pins what came of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +67,9 @@ def refine(
     """Calibrate a plan, and take the steps that bring its static part closer to the float model.
 
     In turn: layers of few channels at the graph's inputs back to float (on the host alone, and only if that
-    is no slower), weights rounded on recorded inputs, channels equalized. `fusions` of the recipe
-    switches each off; with a calibration cache none is taken.
+    is no slower), weights rounded on recorded inputs, channels equalized, ranges chosen by the error at the
+    outputs; at last strided shortcuts as convolutions (on the host alone, and only if that is no slower).
+    `fusions` of the recipe switches each off; with a calibration cache none is taken.
 
     Args:
         model: the prepared graph.
@@ -89,7 +96,8 @@ def refine(
         steps_in_turn: list[tuple[str, Callable[[Refined], Refined | None]]] = [
             (FLOAT_ENTRY, lambda now: _float_entry(now, given, folder, feeds)),
             (LEARNED_ROUNDING, lambda now: _rounded(now, given)),
-            (EQUALIZE, lambda now: _equalized(now, given)),
+            (EQUALIZE, lambda now: _equalized(now, given, error)),
+            (OUTPUT_RANGES, lambda now: _output_ranges(now, given)),
         ]
         for name, step in steps_in_turn:
             made = step(current) if given.wants(name) else None
@@ -103,7 +111,7 @@ def refine(
                 current, least = made, found
             fusions = {**current.fusions, name: kept}
             current = dataclasses.replace(current, notes=tuple(notes), fusions=fusions)
-    return current
+    return _shortcuts(current, given, folder, feeds) if given.wants(SHORTCUT) else current
 
 
 @contextlib.contextmanager
@@ -167,29 +175,85 @@ def _float_entry(
     made = _entry_in_float(current, given)
     if made is None:
         return None
+    return made if _is_no_slower((current, made), _ENTRY, given, folder, feeds) else None
+
+
+def _shortcuts(
+    current: Refined, given: Conditions, folder: Path, feeds: Mapping[str, Array] | None
+) -> Refined:
+    """Strided shortcuts as convolutions, where that is not slower here: they copy the same integers."""
+    nodes = tuple(shortcuts(current.model, current.plan))
+    convolutions = any(item.form == "static" and item.op == "Conv" for item in current.plan.decisions)
+    pins = given.recipe.pins
+    if not nodes or not convolutions or given.profile.kind != "host" or (feeds is None and pins is None):
+        return current
+    if pins is not None and not pins.fusions.get(SHORTCUT, False):
+        return current
+    model = current.model.fork()
+    records = run_passes(model, [ConvolveShortcuts(nodes=nodes)])
+    plan, ranges = convolved(current.plan, current.model, model, current.ranges)
+    plan = msgspec.structs.replace(plan, passes=(*plan.passes, *records))
+    made = dataclasses.replace(current, model=model, plan=plan, ranges=ranges)
+    if difference(model, given.samples, given.expected):
+        return current
+    if pins is None and not (
+        feeds is not None and _is_no_slower((current, made), _CONVOLVED, given, folder, feeds)
+    ):
+        return dataclasses.replace(current, fusions={**current.fusions, SHORTCUT: False})
+    return dataclasses.replace(made, fusions={**current.fusions, SHORTCUT: True})
+
+
+def _is_no_slower(
+    forms: tuple[Refined, Refined],
+    name: str,
+    given: Conditions,
+    folder: Path,
+    feeds: Mapping[str, Array],
+) -> bool:
+    """Whether the second form is about as fast as the first, or faster: whole models, interleaved."""
     files = {}
-    for name, form in ((_STATIC, current), (_ENTRY, made)):
-        lowered, _ = apply_plan(form.model, form.plan, form.ranges)
-        place = folder / name.replace(" ", "-")
+    for title, form in zip((_STATIC, name), forms, strict=True):
+        lowered, _ = apply_plan(form.model, form.plan, form.ranges, form.rounding)
+        place = folder / f"{title}-for-{name}".replace(" ", "-")
         place.mkdir(parents=True, exist_ok=True)
-        files[name] = save_model(lowered, place / "model.onnx")[0]
+        files[title] = save_model(lowered, place / "model.onnx")[0]
     threads = given.recipe.threads
     timed = time_against_baseline(
         files[_STATIC],
-        [(_ENTRY, files[_ENTRY], SessionOptions(threads=threads))],
+        [(name, files[name], SessionOptions(threads=threads))],
         feeds,
         threads,
         given.reporter,
         rounds=given.recipe.benchmark_rounds,
         with_memory=False,
     )
-    return made if timed.comparisons[0].ratio >= _WORTHWHILE else None
+    return timed.comparisons[0].ratio >= _WORTHWHILE
 
 
-def _equalized(current: Refined, given: Conditions) -> Refined | None:
+def _output_ranges(current: Refined, given: Conditions) -> Refined | None:
+    """Every tensor's range by the error that it alone makes at the outputs."""
+    if given.data is None:
+        return None
+    with given.reporter.stage("choosing ranges by the error at the outputs", 100) as stage:
+        advance = steps(stage.advance)
+        ranges = choose_output_ranges(
+            current.model,
+            current.plan.decisions,
+            current.ranges,
+            given.data,
+            options=_options(given),
+            progress=lambda done, total: advance(100 * done // total, 100),
+        )
+    return None if ranges == dict(current.ranges) else dataclasses.replace(current, ranges=ranges)
+
+
+def _equalized(
+    current: Refined, given: Conditions, error: Callable[[Refined], float | None]
+) -> Refined | None:
     """Channels scaled against each other, calibrated and rounded anew.
 
-    Rounding is a part of it: finer activations cost coarser weights, which learned rounding makes good.
+    Rounding is a part of it: finer activations cost coarser weights, which learned rounding makes good. Of
+    the two ways (streams scaled as one, or not at all) the nearer one counts, weights at their nearest.
     """
     names = equalizable(current.model, current.plan.decisions)
     if not names or given.data is None:
@@ -198,16 +262,32 @@ def _equalized(current: Refined, given: Conditions) -> Refined | None:
         magnitudes = collect_magnitudes(
             current.model, names, given.data, options=_options(given), progress=steps(stage.advance)
         )
+    forms = [
+        found
+        for shared in (False, True)
+        if (found := _scaled(current, EqualizeChannels(magnitudes=magnitudes, shared=shared), given))
+    ]
+    if not forms:
+        return None
+    nearer = forms[0]
+    if len({form.model.fingerprint() for form in forms}) > 1:
+        errors = [math.inf if (l2 := error(form)) is None else l2 for form in forms]
+        nearer = forms[errors.index(min(errors))]
+    return (_rounded(nearer, given) if given.wants(LEARNED_ROUNDING) else None) or nearer
+
+
+def _scaled(current: Refined, equalize: EqualizeChannels, given: Conditions) -> Refined | None:
+    """A form with its channels scaled, calibrated anew, its weights rounded to nearest."""
     made = current.model.fork()
-    records = run_passes(made, [EqualizeChannels(magnitudes=magnitudes)])
+    records = run_passes(made, [equalize])
     if not any(record.applied for record in records) or difference(made, given.samples, given.expected):
         return None
     ranges, _ = observe_ranges(made, current.plan, given.data, given.recipe, reporter=given.reporter)
     plan = msgspec.structs.replace(current.plan, passes=(*current.plan.passes, *records))
     # What a reverted layer would need stays known: graph inputs, which no factor reaches.
-    ranges = {**current.ranges, **ranges}
-    found = dataclasses.replace(current, model=made, plan=plan, ranges=ranges, rounding={})
-    return (_rounded(found, given) if given.wants(LEARNED_ROUNDING) else None) or found
+    return dataclasses.replace(
+        current, model=made, plan=plan, ranges={**current.ranges, **ranges}, rounding={}
+    )
 
 
 def _rounded(current: Refined, given: Conditions) -> Refined | None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from ...graph.edit import constant, int_attribute, integers, is_constant, operand, scalar
 from ...graph.model import Model
 from .patches import as_rows
+from .shortcut import copied_channels
 
 Labels = npt.NDArray[np.int64]
 
@@ -70,10 +71,14 @@ class ChannelTies:
 
     def _tie(self, node: ir.Node, output: ir.Value) -> bool:
         """Give the output its labels; False if no factor passes this node."""
-        if node.op_type in WEIGHTED:
-            return self._weighted(node, output)
         first = node.inputs[0] if node.inputs else None
         labels = self._labels.get(first) if first is not None else None
+        if node.op_type in WEIGHTED:
+            copied = None if labels is None else copied_channels(node)
+            if labels is not None and copied is not None:
+                self._labels[output] = np.where(copied < 0, self._new(len(copied)), labels[copied])
+                return True
+            return self._weighted(node, output)
         if labels is None:
             return node.op_type in _SUMS and self._sum(node, output)
         if node.op_type in _POSITIVELY_HOMOGENEOUS:

@@ -33,7 +33,7 @@ LARGEST_INPUTS = 2304
 X Xᵀ has the square of it, and its inverse costs the cube."""
 _SUMS_BYTES = 128 * 2**20
 _RESULT_BYTES = 256 * 2**20
-_COLUMNS_PER_INPUT = 64
+_COLUMNS_PER_INPUT = 32
 
 
 class Layer(NamedTuple):
@@ -100,7 +100,7 @@ def learn_rounding(
     """Round the weights of planned layers so that their outputs change least on the data.
 
     The float model's inputs of every layer are streamed; kept of them is X Xᵀ alone, of so many layers at
-    a time as fit 128 MB, from about 64 columns for every input of an output.
+    a time as fit 128 MB, from about 32 columns for every input of an output.
 
     Returns:
         Node name -> integers, scales and the bias that fits them; only layers that it brings nearer.
