@@ -27,6 +27,7 @@ from .options import overrides_from
 from .output import Answer, Block, Table, format_bytes
 from .pareto import RUN_NAME, pareto_blocks, read_pareto
 from .plan_tables import plan_blocks, plan_summary
+from .prunable_tables import find_prunable, prunable_blocks
 from .reporter import Reporter
 
 
@@ -73,6 +74,11 @@ def _model(named: str, arguments: argparse.Namespace, reporter: Reporter) -> Ans
         _operator_table(operators),
         _weight_table(weights),
     ]
+    if arguments.prunable:
+        with reporter.stage("coupling"):
+            found_groups = find_prunable(model)
+        document["prunable"] = found_groups
+        blocks += prunable_blocks(found_groups)
     if arguments.target is not None:
         # Planning needs shapes, not data: nothing is calibrated or measured in a dry run.
         recipe = Recipe(
@@ -93,7 +99,7 @@ def _model(named: str, arguments: argparse.Namespace, reporter: Reporter) -> Ans
             document["plan"] = result.plan
             document["plan_summary"] = plan_summary(result.plan)
             blocks += plan_blocks(result.plan, every_node=True)
-    else:
+    elif not arguments.prunable:
         blocks.append("What a compile would do with each node: add --target NAME.")
     return Answer(document=document, blocks=blocks)
 

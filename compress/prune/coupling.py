@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +14,9 @@ import onnx_ir as ir
 from ...graph.model import Model
 from ..cost import concrete_shape, node_macs
 from . import rules_layers, rules_layout, rules_norms, rules_pointwise, rules_reshape
+from .report import Kind
 from .spaces import Classes, Frozen
 from .tracer import Adjustment, Rule, Tracer, WeightUse
-
-Kind = Literal["channels", "neurons", "heads", "stream"]
 
 _STANDARD = {
     **dict.fromkeys(rules_pointwise.UNARY, rules_pointwise.unary),
@@ -34,6 +32,7 @@ _STANDARD = {
         rules_norms.layer_normalisation,
     ),
     "Attention": rules_norms.attention,
+    "CastLike": rules_pointwise.first_input,
     "Concat": rules_layout.concat,
     "Conv": rules_layers.convolution,
     "ConvTranspose": rules_layers.transposed_convolution,
@@ -42,8 +41,12 @@ _STANDARD = {
     "Expand": rules_layout.expand,
     "Flatten": rules_reshape.flatten,
     "Gather": rules_pointwise.gather,
+    "GatherElements": rules_pointwise.gather_elements,
+    "GatherND": rules_pointwise.gather_nd,
     "Gemm": rules_layers.gemm,
+    "GridSample": rules_pointwise.sampled,
     "GroupNormalization": rules_norms.group_normalisation,
+    "LRN": rules_pointwise.neighbours,
     "MatMul": rules_layers.matmul,
     "Pad": rules_layout.pad,
     "Reshape": rules_reshape.reshape,
@@ -56,6 +59,7 @@ _STANDARD = {
     "Squeeze": rules_layout.squeeze,
     "Tile": rules_layout.tile,
     "Transpose": rules_layout.transpose,
+    "Trilu": rules_pointwise.first_input,
     "Unsqueeze": rules_layout.unsqueeze,
 }
 _CONTRIB = {
@@ -158,7 +162,7 @@ def _groups(tracer: Tracer, classes: Classes) -> tuple[Group, ...]:
                     side.append(use)
                 here = keys == key
                 members[key].update(labels[here].tolist())
-                widths[key] = min(widths.get(key, 1 << 62), int(counts[here].max()))
+                widths.setdefault(key, int(counts[here].max()))
     normalised = _marked(classes, [axis for axis, _ in tracer.normalised])
     summed = _marked(classes, tracer.sums) | normalised
     heads = _marked(classes, tracer.heads)
@@ -263,3 +267,39 @@ def cut_macs(coupling: Coupling, macs: Sequence[float], removed: npt.NDArray[np.
             own *= left[root]
         total += own
     return total
+
+
+def group_macs(coupling: Coupling, macs: Sequence[float]) -> list[float]:
+    """For each group the multiply-accumulates that go with all of its units; shared work counts for each.
+
+    Args:
+        coupling: the traced graph.
+        macs: of each of `tracer.works` (see `work_macs`).
+    """
+    owner = np.full(coupling.classes.count, -1, np.int64)
+    for place, group in enumerate(coupling.groups):
+        owner[list(group.units)] = place
+    result = [0.0] * len(coupling.groups)
+    for work, whole in zip(coupling.tracer.works, macs, strict=True):
+        left = defaultdict[int, float](lambda: 1.0)
+        for space in work.spaces:
+            owners = owner[coupling.classes.of(space)]
+            for place, count in zip(*np.unique(owners[owners >= 0], return_counts=True), strict=True):
+                left[int(place)] *= 1.0 - float(count) / len(owners)
+        for place, fraction in left.items():
+            result[place] += whole * (1.0 - fraction)
+    return result
+
+
+def why_kept(coupling: Coupling) -> list[Frozen | None]:
+    """For each group why it is not in `Coupling.prunable`; None if it is."""
+    means = dict[int, Frozen]()
+    for axis, why in coupling.tracer.normalised:
+        for label in coupling.classes.of(axis).tolist():
+            means.setdefault(label, why)
+    return [
+        means[next(unit for unit in group.units if unit in means)]
+        if group.blocked is None and group.normalised
+        else group.blocked
+        for group in coupling.groups
+    ]

@@ -42,7 +42,7 @@ def cut(coupling: Coupling, removed: Removed) -> Model:
     for use in coupling.tracer.uses.values():
         _cut_weight(use, twins[use.node], kept, editor)
     for item in coupling.tracer.adjustments:
-        if any(removed[coupling.classes.of(space)].any() for space in item.spaces):
+        if any(kept.touches(space) for space in item.spaces):
             item.change(twins[item.node], kept, editor)
     for old, new in pairs:
         for before, after in zip(old.outputs, new.outputs, strict=True):
@@ -56,7 +56,9 @@ def _check(coupling: Coupling, removed: Removed) -> None:
         if label in coupling.classes.frozen:
             why = coupling.classes.frozen[label]
             raise InternalError("a cut takes elements that have to stay", where=why.node, why=why.reason)
-    used = {space for use in coupling.tracer.uses.values() for space in use.axes if space is not None}
+    tracer = coupling.tracer
+    every = [*tracer.axes.values(), *(use.axes for use in tracer.uses.values())]
+    used = {space for axes in every for space in axes if space is not None}
     for space in {coupling.classes.roots[space] for space in used}:
         labels = coupling.classes.of(space)
         if len(labels) and removed[labels].all():
@@ -64,9 +66,7 @@ def _check(coupling: Coupling, removed: Removed) -> None:
 
 
 def _cut_weight(use: WeightUse, node: ir.Node, kept: Kept, editor: Editor) -> None:
-    spaces = [
-        (place, axis) for place, axis in enumerate(use.axes) if axis is not None and _touched(kept, axis)
-    ]
+    spaces = [(place, axis) for place, axis in enumerate(use.axes) if axis is not None and kept.touches(axis)]
     if not spaces:
         return
     tensor = use.value.const_value
@@ -79,22 +79,28 @@ def _cut_weight(use: WeightUse, node: ir.Node, kept: Kept, editor: Editor) -> No
     node.replace_input_with(use.position, editor.constant(array, use.value.name or "weight", graph))
 
 
-def _touched(kept: Kept, space: int) -> bool:
-    return bool(kept.removed[kept.classes.of(space)].any())
-
-
 def _cut_shape(value: ir.Value, axes: list[int | None], kept: Kept) -> None:
     if value.shape is None or value.is_graph_output():
         return
     dims = list(value.shape)
     for place, axis in enumerate(axes):
-        if axis is not None and isinstance(dims[place], int) and _touched(kept, axis):
-            dims[place] = kept.count(axis)
+        if axis is None or not kept.touches(axis):
+            continue
+        dim = dims[place]
+        dims[place] = kept.count(axis) if isinstance(dim, int) else _fewer(dim, axis, kept)
     value.shape = ir.Shape(dims)
 
 
+def _fewer(dim: ir.SymbolicDim, space: int, kept: Kept) -> ir.SymbolicDim:
+    """The size of an axis that heads are folded into, such as 12*batch, with fewer heads."""
+    head, _, rest = (dim.value or "").partition("*")
+    if rest and head == str(len(kept.classes.of(space))):
+        return ir.SymbolicDim(f"{kept.count(space)}*{rest}")
+    return ir.SymbolicDim(None)
+
+
 def mask(coupling: Coupling, removed: Removed) -> Model:
-    """The model in which the marked classes count for nothing: every weight that sums over them is zero there.
+    """The model in which the marked classes count for nothing: weights that sum over them are zero there.
 
     The output of a cut equals the output of this model, to the order in which floats are added.
     """

@@ -7,31 +7,35 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from ...graph.edit import Editor, int_attribute, operand
+from ...graph.edit import int_attribute, operand
 from .spaces import ranged
-from .tracer import Axes, Axis, Change, Kept, Tracer
+from .tracer import FIXED, Axes, Axis, Tracer, counted_attributes
 
 
 def convolution(tracer: Tracer, node: ir.Node) -> None:
     """Weights (outputs, inputs / groups, *kernel); groups stay equally large in a cut."""
     source, weight = tracer.read(node, 0), tracer.read(node, 1)
-    groups = int_attribute(node, "group", 1)
     tracer.keep(node, source[2:], "it convolves along this axis")
     tracer.keep(node, weight[2:], "it is the kernel's size")
-    if groups == 1:
-        joined = tracer.same(node, *_wide(tracer, node, [(0, 1), (1, 1)]))
-        made = weight[0]
-    else:
-        joined, made = _grouped(tracer, node, source[1], weight[0], weight[1], groups)
+    _keep_computed(tracer, node)
     tracer.role(node, 1, 0, "out")
     tracer.role(node, 1, 1, "in")
-    if groups > 1 and tracer.size(node.inputs[1], 1) == 1:
-        # A depthwise kernel belongs to its channel: it neither makes one nor sums over several.
-        tracer.role(node, 1, 0, "param")
-    if operand(node, 2) is not None:
-        made = tracer.same(node, made, *tracer.read(node, 2)) if made is not None else None
-    tracer.works_on(node, [made, joined if groups == 1 else weight[1]])
+    if int_attribute(node, "group", 1) == 1:
+        inner = tracer.same(node, *_wide(tracer, node, [(0, 1), (1, 1)]))
+        made = weight[0]
+    else:
+        made, inner = _grouped(tracer, node), weight[1]
+    if operand(node, 2) is not None and made is not None:
+        made = tracer.same(node, made, *tracer.read(node, 2))
+    tracer.works_on(node, [made, inner])
     tracer.write(node, [source[0], made, *[None] * (len(source) - 2)])
+
+
+def _keep_computed(tracer: Tracer, node: ir.Node) -> None:
+    """A removed element could not be masked in weights that the graph computes."""
+    if not tracer.reads_weight(node, 1):
+        reason = "its weights are computed at run time"
+        tracer.keep(node, [tracer.read(node, 0)[1], *tracer.read(node, 1)[:2]], reason)
 
 
 def _wide(tracer: Tracer, node: ir.Node, places: Sequence[tuple[int, int]]) -> list[Axis]:
@@ -43,57 +47,63 @@ def _wide(tracer: Tracer, node: ir.Node, places: Sequence[tuple[int, int]]) -> l
     ]
 
 
-def _grouped(
-    tracer: Tracer, node: ir.Node, source: Axis, made: Axis, inner: Axis, groups: int
-) -> tuple[Axis, Axis]:
+def _grouped(tracer: Tracer, node: ir.Node) -> Axis:
     """Whole groups go where these are more than the channels of a group; else the same one of each."""
+    groups = int_attribute(node, "group", 1)
+    source, (made, inner) = tracer.read(node, 0)[1], tracer.read(node, 1)[:2]
     if source is None or made is None:
-        tracer.keep(node, [source, made, inner], "it meets an axis whose size is fixed or unknown")
-        return None, None
+        tracer.keep(node, [source, made, inner], FIXED)
+        return None
     sizes = [tracer.spaces.size(space) // groups for space in (source, made)]
     if inner is None or groups >= min(sizes):
-        units = tracer.spaces.new(groups)
-        for space, size in zip((source, made), sizes, strict=True):
-            every = ranged(0, groups * size)
-            tracer.link(space, every, units, every // size, node)
+        _whole_groups(tracer, node, groups, (source, made))
         tracer.keep(node, [inner], "whole groups go")
-        tracer.adjust(node, [units], _fewer_groups(units))
-        return source, made
+        # What each output sums over belongs to its group: no choice of its own.
+        tracer.role(node, 1, 1, "")
+        if inner is None:
+            # A depthwise kernel belongs to its channel: it neither makes one nor sums over several.
+            tracer.role(node, 1, 0, "param")
+        return made
     every = ranged(0, groups * sizes[0])
     tracer.link(source, every, inner, every % sizes[0], node)
     units = tracer.spaces.new(sizes[1])
     every = ranged(0, groups * sizes[1])
     tracer.link(made, every, units, every % sizes[1], node)
-    return source, made
+    return made
 
 
-def _fewer_groups(units: int) -> Change:
-    def change(node: ir.Node, kept: Kept, editor: Editor) -> None:
-        node.attributes["group"] = ir.AttrInt64("group", kept.count(units))
-
-    return change
+def _whole_groups(tracer: Tracer, node: ir.Node, groups: int, spaces: Sequence[int]) -> None:
+    units = tracer.spaces.new(groups)
+    for space in spaces:
+        size = tracer.spaces.size(space)
+        tracer.link(space, ranged(0, size), units, ranged(0, size) // (size // groups), node)
+    tracer.adjust(node, [units], counted_attributes({"group": units}))
 
 
 def transposed_convolution(tracer: Tracer, node: ir.Node) -> None:
-    """Weights (inputs, outputs / groups, *kernel)."""
+    """Weights (inputs, outputs / groups, *kernel); of several groups whole ones go."""
     source, weight = tracer.read(node, 0), tracer.read(node, 1)
     groups = int_attribute(node, "group", 1)
     tracer.keep(node, source[2:], "it convolves along this axis")
     tracer.keep(node, weight[2:], "it is the kernel's size")
-    tracer.role(node, 1, 0, "in")
-    tracer.role(node, 1, 1, "out")
-    if groups > 1:
-        reason = "a transposed convolution in groups is not cut"
-        tracer.keep(node, [source[1], *weight[:2]], reason)
-        made: Axis = None
-        if operand(node, 2) is not None:
-            tracer.keep(node, tracer.read(node, 2), reason)
-    else:
+    _keep_computed(tracer, node)
+    made: Axis = None
+    if groups == 1:
+        tracer.role(node, 1, 0, "in")
+        tracer.role(node, 1, 1, "out")
         tracer.same(node, *_wide(tracer, node, [(0, 1), (1, 0)]))
         made = weight[1]
-        if operand(node, 2) is not None and made is not None:
-            made = tracer.same(node, made, *tracer.read(node, 2))
-    tracer.works_on(node, [source[1], made])
+    else:
+        tracer.role(node, 1, 0, "param" if weight[1] is None else "out")
+        tracer.role(node, 1, 1, "")
+        tracer.keep(node, weight[1:2], "whole groups go")
+        joined = tracer.same(node, source[1], weight[0])
+        if joined is not None:
+            made = tracer.spaces.new(groups * (tracer.size(node.inputs[1], 1) or 1))
+            _whole_groups(tracer, node, groups, (joined, made))
+    if operand(node, 2) is not None:
+        made = tracer.same(node, made, *tracer.read(node, 2))
+    tracer.works_on(node, [source[1], made] if groups == 1 else [made])
     tracer.write(node, [source[0], made, *[None] * (len(source) - 2)])
 
 
@@ -190,7 +200,8 @@ def recurrent(tracer: Tracer, node: ir.Node) -> None:
     gates = _GATES[node.op_type]
     source, weight, recurrence = (tracer.read(node, place) for place in range(3))
     hidden = recurrence[2]
-    if int_attribute(node, "layout", 0) or hidden is None or not tracer.reads_weight(node, 2):
+    constant = all(tracer.reads_weight(node, place) for place in (1, 2))
+    if int_attribute(node, "layout", 0) or hidden is None or not constant:
         tracer.keep_all(node, "this layout of a recurrent layer has no rule")
         return
     tracer.same(node, *_wide(tracer, node, [(0, 2), (1, 2)]))
@@ -214,15 +225,8 @@ def recurrent(tracer: Tracer, node: ir.Node) -> None:
     tracer.role(node, 1, 2, "in")
     tracer.role(node, 2, 1, "out")
     tracer.role(node, 2, 2, "in")
-    tracer.adjust(node, [hidden], _hidden_size(hidden))
+    tracer.adjust(node, [hidden], counted_attributes({"hidden_size": hidden}))
     tracer.works_on(node, [hidden])
     tracer.write(node, [source[0], None, source[1], hidden])
     for output in range(1, len(node.outputs)):
         tracer.write(node, [None, source[1], hidden], output)
-
-
-def _hidden_size(hidden: int) -> Change:
-    def change(node: ir.Node, kept: Kept, editor: Editor) -> None:
-        node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", kept.count(hidden))
-
-    return change

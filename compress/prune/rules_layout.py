@@ -76,7 +76,7 @@ def split(tracer: Tracer, node: ir.Node) -> None:
     sizes = [tracer.size(value, at) for value in node.outputs]
     space = source[at]
     rest = [source[:at], source[at + 1 :]]
-    if space is None or any(size is None for size in sizes):
+    if space is None or any(size is None for size in (*sizes, tracer.size(node.inputs[0], at))):
         tracer.keep(node, [space], "it cuts pieces of unknown size from this axis")
         for output in range(len(node.outputs)):
             tracer.write(node, [*rest[0], None, *rest[1]], output)
@@ -123,7 +123,9 @@ def slice_(tracer: Tracer, node: ir.Node) -> None:
     result = list(source)
     for axis, (start, end, step) in bounds.items():
         space = source[axis]
-        if space is None:
+        if space is None or tracer.size(node.inputs[0], axis) is None:
+            tracer.keep(node, [space], "it cuts a piece from this axis, whose size is unknown")
+            result[axis] = None
             continue
         chosen = as_indices(range(*slice(start, end, step).indices(tracer.spaces.size(space))))
         new = tracer.spaces.new(len(chosen)) if len(chosen) > 1 else None
@@ -191,7 +193,8 @@ def pad(tracer: Tracer, node: ir.Node) -> None:
         if not before and not after:
             continue
         mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
-        if space is None or before < 0 or after < 0 or mode != "constant":
+        known = tracer.size(node.inputs[0], axis) is not None
+        if space is None or not known or before < 0 or after < 0 or mode != "constant":
             tracer.keep(node, [space], "it repeats or drops elements at the ends of this axis")
             result[axis] = None
             continue
@@ -325,14 +328,20 @@ def _changed_piece(position: int, place: int, axes: Sequence[Axis]) -> Change:
 
 
 def expand(tracer: Tracer, node: ir.Node) -> None:
-    """Axes of more than one element pass through; what is repeated is new and stays."""
+    """Axes of more than one element pass through; copies of one element may be fewer."""
     source, value = tracer.read(node, 0), node.outputs[0]
     width = rank(value)
     if width is None:
         tracer.keep_all(node, "the rank that it makes is not known")
         return
-    result: Axes = [None] * (width - len(source))
-    result += [axis if tracer.size(node.inputs[0], place) != 1 else None for place, axis in enumerate(source)]
+    result: Axes = []
+    for place, axis in enumerate((*[None] * (width - len(source)), *source)):
+        size = tracer.size(value, place)
+        before = place - (width - len(source))
+        if before >= 0 and tracer.size(node.inputs[0], before) != 1:
+            result.append(axis)
+        else:
+            result.append(tracer.spaces.new(size) if size is not None and size > 1 else None)
     if any(axis is not None for axis in result):
         _adjust_expand(tracer, node, result)
     tracer.write(node, result)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ...graph.edit import Editor, int_attribute, operand
+from ...graph.edit import int_attribute, operand
 from .spaces import Frozen, ranged
-from .tracer import Axes, Axis, Change, Kept, Tracer
+from .tracer import FIXED, Axes, Axis, Tracer, counted_attributes
 
 
 def per_channel(tracer: Tracer, node: ir.Node) -> None:
@@ -38,15 +38,8 @@ def group_normalisation(tracer: Tracer, node: ir.Node) -> None:
             tracer.spaces.join(scale, units)
         else:
             tracer.same(node, channels, scale)
-    tracer.adjust(node, [units], _count("num_groups", units))
+    tracer.adjust(node, [units], counted_attributes({"num_groups": units}))
     tracer.write(node, source)
-
-
-def _count(name: str, units: int) -> Change:
-    def change(node: ir.Node, kept: Kept, editor: Editor) -> None:
-        node.attributes[name] = ir.AttrInt64(name, kept.count(units))
-
-    return change
 
 
 def layer_normalisation(tracer: Tracer, node: ir.Node) -> None:
@@ -82,27 +75,27 @@ def _normalise(tracer: Tracer, node: ir.Node, source: Axes, first: int, scales: 
 
 
 def attention(tracer: Tracer, node: ir.Node) -> None:
-    """ONNX Attention: queries, keys, values of (batch, heads, length, size) or (batch, length, heads x size)."""
+    """Attention of (batch, heads, length, size) or (batch, length, heads x size) queries, keys, values."""
     parts = [tracer.read(node, place) for place in range(3)]
     extra = [place for place in range(3, len(node.inputs)) if operand(node, place) is not None]
     if any(place > 3 for place in extra) or len(node.outputs) > 1:
         tracer.keep_all(node, "its cache of keys and values has no rule")
         return
-    counts = [int_attribute(node, name, 0) for name in ("q_num_heads", "kv_num_heads")]
+    queries, shared = (int_attribute(node, name, 0) for name in ("q_num_heads", "kv_num_heads"))
     if len(parts[0]) == 4:
         heads = [part[1] for part in parts]
         for part in parts:
             tracer.keep(node, part[2:], "it is the length or the size of a head")
         made: Axes = [parts[0][0], heads[0], parts[0][2], None]
     else:
-        times = (counts[0], counts[1], counts[1])
+        times = (queries, shared, shared)
         heads = [_heads(tracer, node, part[2], count) for part, count in zip(parts, times, strict=True)]
         made = [parts[0][0], parts[0][1], None]
     units = _shared_heads(tracer, node, heads)
     if len(parts[0]) == 3 and units is not None and heads[0] is not None:
         made[2] = _wide_heads(tracer, node, heads[0], tracer.size(node.outputs[0], 2))
-        spaces = [heads[0], heads[1]]
-        tracer.adjust(node, spaces, _head_counts(("q_num_heads", "kv_num_heads"), spaces))
+        counts = {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
+        tracer.adjust(node, counts.values(), counted_attributes(counts))
     if 3 in extra:
         mask = tracer.read(node, 3)
         if len(mask) > 2 and tracer.size(node.inputs[3], -3) != 1:
@@ -135,7 +128,7 @@ def _wide_heads(tracer: Tracer, node: ir.Node, heads: int, size: int | None) -> 
 def _shared_heads(tracer: Tracer, node: ir.Node, heads: list[Axis]) -> Axis:
     """Queries that share keys and values go with them, whole shares at a time."""
     if any(axis is None for axis in heads):
-        tracer.keep(node, heads, "it meets an axis whose size is fixed or unknown")
+        tracer.keep(node, heads, FIXED)
         return None
     queries, keys, values = (axis for axis in heads if axis is not None)
     tracer.spaces.join(keys, values)
@@ -143,15 +136,6 @@ def _shared_heads(tracer: Tracer, node: ir.Node, heads: list[Axis]) -> Axis:
     tracer.link(queries, ranged(0, count), keys, ranged(0, count) // (count // shared), node)
     tracer.heads.update((queries, keys))
     return queries
-
-
-def _head_counts(names: tuple[str, ...], spaces: list[Axis]) -> Change:
-    def change(node: ir.Node, kept: Kept, editor: Editor) -> None:
-        for name, space in zip(names, spaces, strict=True):
-            if space is not None and name in node.attributes:
-                node.attributes[name] = ir.AttrInt64(name, kept.count(space))
-
-    return change
 
 
 def multi_head_attention(tracer: Tracer, node: ir.Node) -> None:
@@ -168,8 +152,9 @@ def multi_head_attention(tracer: Tracer, node: ir.Node) -> None:
     heads = [_heads(tracer, node, part[2], count) for part in parts]
     made: Axes = [parts[0][0], parts[0][1], None]
     if _shared_heads(tracer, node, heads) is not None and heads[0] is not None:
-        made[2] = _wide_heads(tracer, node, heads[0], tracer.size(node.outputs[0], 2))
-        tracer.adjust(node, [heads[0]], _head_counts(("num_heads",), [heads[0]]))
+        # The operator's shapes are not inferred: a head of the result is as large as one of the values.
+        made[2] = _wide_heads(tracer, node, heads[0], tracer.size(node.inputs[2], 2))
+        tracer.adjust(node, [heads[0]], counted_attributes({"num_heads": heads[0]}))
     for place in (4, 5):
         if operand(node, place) is not None:
             tracer.keep(node, tracer.read(node, place), "it is a mask or a bias of scores")
@@ -193,5 +178,5 @@ def rotary(tracer: Tracer, node: ir.Node) -> None:
     count = int_attribute(node, "num_heads", 0)
     heads = _heads(tracer, node, source[2], count)
     if heads is not None:
-        tracer.adjust(node, [heads], _head_counts(("num_heads",), [heads]))
+        tracer.adjust(node, [heads], counted_attributes({"num_heads": heads}))
     tracer.write(node, source if heads is not None else [*source[:2], None])

@@ -13,24 +13,25 @@ _LARGEST_CHOICE = 1 << 16
 
 UNARY = frozenset(
     {
-        "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil", "Celu", "Cos", "Cosh",
-        "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN",
-        "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign",
-        "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+        "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil", "Celu",
+        "Cos", "Cosh", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish",
+        "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu",
+        "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt",
+        "Swish", "Tan", "Tanh", "ThresholdedRelu",
     }
 )  # fmt: skip
 """Each output element comes from one input element; further inputs are scalars."""
 BROADCAST = frozenset(
     {
-        "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Clip", "Div", "Equal", "Greater",
-        "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum",
-        "Where", "Xor",
+        "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Clip", "Div", "Equal",
+        "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or",
+        "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
     }
 )  # fmt: skip
 REDUCTIONS = frozenset(
     {
-        "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
-        "ReduceSum", "ReduceSumSquare",
+        "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin",
+        "ReduceProd", "ReduceSum", "ReduceSumSquare",
     }
 )  # fmt: skip
 POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"})
@@ -84,6 +85,28 @@ def arg_extreme(tracer: Tracer, node: ir.Node) -> None:
     tracer.keep(node, source[at : at + 1], "it looks for a position along this axis")
     rest: list[Axis] = [None] if int_attribute(node, "keepdims", 1) else []
     tracer.write(node, [*source[:at], *rest, *source[at + 1 :]])
+
+
+def first_input(tracer: Tracer, node: ir.Node) -> None:
+    """CastLike and Trilu: the second input is a type, or a diagonal of the last two axes."""
+    source = tracer.read(node, 0)
+    if node.op_type == "Trilu":
+        tracer.keep(node, source[-2:], "it blanks a triangle of this axis")
+    tracer.write(node, source)
+
+
+def sampled(tracer: Tracer, node: ir.Node) -> None:
+    """GridSample: channels pass through, places come from the grid."""
+    source = tracer.read(node, 0)
+    tracer.keep(node, [*source[:1], *source[2:], *tracer.read(node, 1)], "it picks places along this axis")
+    tracer.write(node, [None, source[1], *[None] * (len(source) - 2)])
+
+
+def neighbours(tracer: Tracer, node: ir.Node) -> None:
+    """LRN: each channel is divided by those beside it."""
+    source = tracer.read(node, 0)
+    tracer.keep(node, source[1:2], "it normalises over neighbours along this axis")
+    tracer.write(node, source)
 
 
 def pooling(tracer: Tracer, node: ir.Node) -> None:
@@ -142,7 +165,7 @@ def gather(tracer: Tracer, node: ir.Node) -> None:
     picks = small_constant(indices, _LARGEST_CHOICE)
     space = source[axis]
     middle: Axes = [None] * (rank(indices) or 0)
-    if picks is None or picks.ndim > 1 or space is None:
+    if picks is None or picks.ndim > 1 or space is None or tracer.size(node.inputs[0], axis) is None:
         tracer.keep(node, [space], "it picks positions along this axis")
         if tracer.reads_weight(node, 0):
             use = tracer.weight(node, 0)
@@ -155,6 +178,31 @@ def gather(tracer: Tracer, node: ir.Node) -> None:
         tracer.link(new, ranged(0, len(chosen)), space, chosen, node)
         tracer.adjust(node, [space, new], _renumbered(space, new, chosen, picks.ndim))
     tracer.write(node, [*source[:axis], *middle, *source[axis + 1 :]])
+
+
+def gather_nd(tracer: Tracer, node: ir.Node) -> None:
+    """Entries by tuples of positions in the first axes; the axes behind those pass through."""
+    source, indices = tracer.read(node, 0), operand(node, 1)
+    depth, width = tracer.size(indices, -1), rank(indices) or 0
+    if int_attribute(node, "batch_dims", 0) or depth is None or depth > len(source):
+        tracer.keep_all(node, "its positions have no rule")
+        return
+    tracer.keep(node, [*source[:depth], *tracer.read(node, 1)], "it picks positions along this axis")
+    tracer.write(node, [*[None] * (width - 1), *source[depth:]])
+
+
+def gather_elements(tracer: Tracer, node: ir.Node) -> None:
+    """Elements along one axis by positions of the same shape; the other axes are joined."""
+    source, indices = tracer.read(node, 0), tracer.read(node, 1)
+    axis = int_attribute(node, "axis", 0) % max(len(source), 1)
+    tracer.keep(node, [source[axis], indices[axis]], "it picks positions along this axis")
+    tracer.write(
+        node,
+        [
+            None if place == axis else tracer.same(node, *pair)
+            for place, pair in enumerate(zip(source, indices, strict=True))
+        ],
+    )
 
 
 def _renumbered(space: int, new: Axis, chosen: Indices, dimensions: int) -> Change:

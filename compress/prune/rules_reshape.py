@@ -6,13 +6,23 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
-from ...graph.edit import int_attribute, integers, only_use, operand, permutation, producer
+from ...graph.edit import (
+    axes_of,
+    int_attribute,
+    integers,
+    only_use,
+    operand,
+    permutation,
+    producer,
+    rank,
+    scalar,
+    static_dim,
+)
 from ...graph.symbolic import Term, axis_terms, reshape_terms
 from .rules_layout import counted_sizes, sizes_of_parts
-from .spaces import Indices, as_indices
+from .spaces import ranged
 from .tracer import Axes, Axis, Tracer
 
 _FOLDED = "it is folded into an axis of unknown size"
@@ -22,8 +32,8 @@ _INNER = "it is one factor of a reshaped axis; the cut goes along the other"
 def reshape(tracer: Tracer, node: ir.Node) -> None:
     """Axes that are split or merged: elements go together along the outer factor (whole heads)."""
     value = node.outputs[0]
-    if value.shape is None:
-        tracer.keep_all(node, "the shape that it makes is not known")
+    if value.shape is None or node.inputs[0] is None or node.inputs[0].shape is None:
+        tracer.keep_all(node, "the shape that it reads or makes is not known")
         return
     source = tracer.read(node, 0)
     before, after = axis_terms(node.inputs[0]), axis_terms(value)
@@ -34,7 +44,20 @@ def reshape(tracer: Tracer, node: ir.Node) -> None:
         after = [_known(own, term) for own, term in zip(after, spelled, strict=True)]
     result: Axes = [None] * len(after)
     for left, right in _blocks(before, after):
-        _reshape_block(tracer, node, source, result, (before, left), (after, right))
+        block = [before[place] for place in left], [after[place] for place in right]
+        if len(left) == len(right) == 1 and block[0] == block[1]:
+            result[right[0]] = source[left[0]]
+            continue
+        factors = _refined(*_of_folded(tracer, block, source[left[0]] if left else None))
+        if factors is None:
+            tracer.keep(node, [source[place] for place in left], _FOLDED)
+            continue
+        picked = {
+            f for place, run in zip(right, factors[2], strict=True) if _picked(value, place) for f in run
+        }
+        made = _refactored(tracer, node, [source[place] for place in left], factors, picked)
+        for place, space in zip(right, made, strict=True):
+            result[place] = space
     tracer.write(node, result)
     if node.op_type == "Reshape" and any(axis is not None for axis in result):
         if integers(operand(node, 1)) is not None:
@@ -105,28 +128,78 @@ def _from_left(before: Sequence[Term], after: Sequence[Term]) -> tuple[tuple[int
     return (i, j), found
 
 
-def _reshape_block(
-    tracer: Tracer,
-    node: ir.Node,
-    source: Axes,
-    result: Axes,
-    left: tuple[Sequence[Term], list[int]],
-    right: tuple[Sequence[Term], list[int]],
-) -> None:
-    (before, inputs), (after, outputs) = left, right
-    if len(inputs) == len(outputs) == 1 and before[inputs[0]] == after[outputs[0]]:
-        result[outputs[0]] = source[inputs[0]]
-        return
-    sizes = [[terms[place] for place in places] for terms, places in (left, right)]
-    factors = _refined(*sizes)
-    if factors is None:
-        tracer.keep(node, [source[place] for place in inputs], _FOLDED)
-        return
-    fixed = {f for axis, run in zip(inputs, factors[1], strict=True) if source[axis] is None for f in run}
+def _of_folded(tracer: Tracer, block: Sequence[list[Term]], first: Axis) -> Sequence[list[Term]]:
+    """Sizes without the unknown factor of a block, where both sides begin with an axis of unknown size.
+
+    Attention that folds its heads into the batch makes (batch x heads, length, size): of such an axis
+    position i holds head i modulo the heads, so it has the heads' space. What is unknown (the batch) is the
+    outermost factor of both sides, and what is left of the first axis has as many elements as its space.
+    """
+    before, after = block
+    if not before or not after or _counts(before[0]) or _counts(after[0]):
+        return block
+    if not all(map(_counts, (*before[1:], *after[1:]))):
+        return block
+    known = 1 if first is None else tracer.spaces.size(first)
+    whole = known * math.prod(size for size in before[1:] if isinstance(size, int))
+    inner = math.prod(size for size in after[1:] if isinstance(size, int))
+    if whole % inner:
+        return block
+    return [known, *before[1:]], [whole // inner, *after[1:]]
+
+
+def _counts(term: Term) -> bool:
+    return isinstance(term, int) and term > 0
+
+
+def _picked(value: ir.Value, axis: int) -> bool:
+    """Whether an axis is only there to be taken apart: the 3 of (3, heads, size) in packed projections."""
+    while True:
+        uses = [use.node for use in value.uses() if use.idx == 0]
+        if not uses or len(uses) != len(value.uses()) or value.is_graph_output():
+            return False
+        if all(node.op_type in ("Gather", "Split") for node in uses):
+            return all(_takes_one(node, axis) for node in uses)
+        node = uses[0]
+        moved = _moved(node, axis) if len(uses) == 1 else None
+        if moved is None:
+            return False
+        value, axis = node.outputs[0], moved
+
+
+def _takes_one(node: ir.Node, axis: int) -> bool:
+    """Whether a Gather takes one position of an axis, a Split one in each piece."""
+    if int_attribute(node, "axis", 0) % (rank(node.inputs[0]) or 1) != axis:
+        return False
+    if node.op_type == "Gather":
+        return scalar(operand(node, 1)) is not None
+    return all(static_dim(piece, axis) == 1 for piece in node.outputs)
+
+
+def _moved(node: ir.Node, axis: int) -> int | None:
+    """Where an axis is behind a Transpose, Squeeze or Unsqueeze; None behind anything else."""
+    if node.op_type == "Transpose":
+        order = permutation(node) or []
+        return order.index(axis) if axis in order else None
+    axes, before, after = axes_of(node), rank(node.inputs[0]), rank(node.outputs[0])
+    if axes is None or before is None or after is None:
+        return None
+    if node.op_type == "Squeeze":
+        gone = {item % before for item in axes}
+        return None if axis in gone else axis - sum(item < axis for item in gone)
+    if node.op_type == "Unsqueeze":
+        added = {item % after for item in axes}
+        return [place for place in range(after) if place not in added][axis]
+    return None
+
+
+def _refactored(tracer: Tracer, node: ir.Node, source: Axes, factors: Factors, picked: set[int]) -> Axes:
+    """The spaces of a block's output axes; each input axis goes by at most one of its factors."""
+    sizes, before, after = factors
+    fixed = picked | {f for space, run in zip(source, before, strict=True) if space is None for f in run}
     live = _live(factors, fixed, node)
-    spaces = dict[int, Axis]()
-    for axis, run in zip(inputs, factors[1], strict=True):
-        space = source[axis]
+    spaces = dict[int, int]()
+    for space, run in zip(source, before, strict=True):
         chosen = [factor for factor in run if factor in live]
         if space is None:
             continue
@@ -135,30 +208,29 @@ def _reshape_block(
         elif len(run) == 1:
             spaces[chosen[0]] = space
         else:
-            spaces[chosen[0]] = tracer.spaces.new(factors[0][chosen[0]])
-            tracer.link(space, *_spread(space, spaces[chosen[0]], run, chosen[0], factors[0], tracer), node)
-    for axis, run in zip(outputs, factors[2], strict=True):
-        chosen = [factor for factor in run if factor in live and spaces.get(factor) is not None]
-        if not chosen:
-            continue
-        factor = chosen[0]
-        if len(run) == 1:
-            result[axis] = spaces[factor]
-            continue
-        wide = tracer.spaces.new(math.prod(factors[0][place] for place in run))
-        tracer.link(wide, *_spread(wide, spaces[factor], run, factor, factors[0], tracer), node)
-        result[axis] = wide
-    used = {factor for run in factors[2] for factor in run if factor in live}
-    tracer.keep(node, [space for factor, space in spaces.items() if factor not in used], _INNER)
+            spaces[chosen[0]] = tracer.spaces.new(sizes[chosen[0]])
+            _spread(tracer, space, spaces[chosen[0]], _repeats(sizes, run, chosen[0]))
+    result: Axes = []
+    for run in after:
+        chosen = [factor for factor in run if factor in spaces]
+        made: Axis = spaces[chosen[0]] if chosen else None
+        if made is not None and len(run) > 1:
+            wide = tracer.spaces.new(math.prod(sizes[place] for place in run))
+            _spread(tracer, wide, made, _repeats(sizes, run, chosen[0]))
+            made = wide
+        result.append(made)
+    return result
 
 
-def _spread(
-    wide: int, narrow: Axis, run: Sequence[int], factor: int, sizes: Sequence[int], tracer: Tracer
-) -> tuple[Indices, Axis, Indices]:
-    """All elements of the product axis, the factor's space, and which of its elements each belongs to."""
-    inner = math.prod(sizes[place] for place in run if place > factor)
-    everything = np.arange(tracer.spaces.size(wide))
-    return as_indices(everything), narrow, as_indices(everything // inner % sizes[factor])
+def _repeats(sizes: Sequence[int], run: Sequence[int], factor: int) -> int:
+    """How many neighbours in the product axis have the same element of a factor."""
+    return math.prod(sizes[place] for place in run if place > factor)
+
+
+def _spread(tracer: Tracer, wide: int, narrow: int, repeats: int) -> None:
+    """Link each element of a product axis to the element of one of its factors."""
+    every = ranged(0, tracer.spaces.size(wide))
+    tracer.spaces.link(wide, every, narrow, every // repeats % tracer.spaces.size(narrow))
 
 
 Factors = tuple[list[int], list[list[int]], list[list[int]]]
@@ -166,7 +238,7 @@ Factors = tuple[list[int], list[list[int]], list[list[int]]]
 
 def _refined(before: Sequence[Term], after: Sequence[Term]) -> Factors | None:
     """The common factors of both sides' sizes, and which of them make each input and output axis."""
-    if not all(isinstance(size, int) and size > 0 for size in (*before, *after)):
+    if not all(map(_counts, (*before, *after))):
         return None
     cuts = []
     for side in (before, after):

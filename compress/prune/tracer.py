@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from .spaces import Classes, Frozen, Indices, Spaces
 Axis = int | None
 """The space of an axis; None for one of size 1, of unknown size, or that no cut may change."""
 Axes = list[Axis]
+FIXED = "it meets an axis that no cut may change: an input's, or one of unknown size"
 Role = Literal["out", "in", "param", ""]
 """What a weight's axis is: it makes elements, sums over them, scales or shifts them, or none of these."""
 
@@ -40,19 +41,28 @@ class WeightUse:
     roles: list[Role]
 
 
-class Kept(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Kept:
     """What stays in a cut: asked by space."""
 
     classes: Classes
     removed: npt.NDArray[np.bool_]
+    _found: dict[int, Indices] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def of(self, space: int) -> Indices:
         """The positions of a space that stay, ascending."""
-        return self.classes.kept(space, self.removed)
+        root = self.classes.roots[space]
+        if root not in self._found:
+            self._found[root] = self.classes.kept(root, self.removed)
+        return self._found[root]
 
     def count(self, space: int) -> int:
         """How many of a space's elements stay."""
         return len(self.of(space))
+
+    def touches(self, space: int) -> bool:
+        """Whether some of a space's elements go."""
+        return self.count(space) < len(self.classes.of(space))
 
 
 Change = Callable[[ir.Node, Kept, Editor], None]
@@ -104,7 +114,7 @@ class Tracer:
         for node in graph:
             domain = "" if node.domain == "ai.onnx" else node.domain
             rule = self._rules.get((domain, node.op_type))
-            if rule is None or any(rank(value) is None for value in node.inputs if value is not None):
+            if rule is None or any(value is not None and not self._has_rank(value) for value in node.inputs):
                 self.keep_all(
                     node, "no rule says how its axes hang together" if rule is None else "a rank is unknown"
                 )
@@ -127,10 +137,16 @@ class Tracer:
                 if value is not None and value in self.axes:
                     self.keep(node, self.axes[value], "the body of control flow reads it")
 
+    def _has_rank(self, value: ir.Value) -> bool:
+        return value.shape is not None or value in self.axes
+
     def size(self, value: ir.Value | None, axis: int) -> int | None:
-        """The fixed size of an axis, or None."""
-        if value is None or value.shape is None:
+        """The fixed size of an axis, or None; where shape inference gave up, that of its space."""
+        if value is None:
             return None
+        if value.shape is None:
+            space = self.axes[value][axis] if value in self.axes else None
+            return None if space is None else self.spaces.size(space)
         dim = value.shape[axis]
         return dim if isinstance(dim, int) else None
 
@@ -192,7 +208,7 @@ class Tracer:
     def keep_all(self, node: ir.Node, reason: str) -> None:
         """No element that the node reads may go; its outputs are unknown."""
         for position, value in enumerate(node.inputs):
-            if value is not None and value.shape is not None:
+            if value is not None and self._has_rank(value):
                 self.keep(node, self.read(node, position), reason)
         for index, value in enumerate(node.outputs):
             self.write(node, [None] * (rank(value) or 0), index)
@@ -204,7 +220,7 @@ class Tracer:
             return None
         sizes = {self.spaces.size(axis) for axis in known}
         if len(known) < len(axes) or len(sizes) > 1:
-            self.keep(node, known, "it meets an axis whose size is fixed or unknown")
+            self.keep(node, known, FIXED)
             return None
         for other in known[1:]:
             self.spaces.join(known[0], other)
@@ -217,7 +233,7 @@ class Tracer:
         elif axis is not None or other is not None:
             space, span = (axis, elements) if axis is not None else (other, others)
             assert space is not None
-            why = Frozen(node.name or "", node.op_type, "it meets an axis whose size is fixed or unknown")
+            why = Frozen(node.name or "", node.op_type, FIXED)
             self.spaces.freeze(space, why, span)
 
     def adjust(self, node: ir.Node, axes: Iterable[Axis], change: Change) -> None:
@@ -229,6 +245,17 @@ class Tracer:
     def works_on(self, node: ir.Node, axes: Iterable[Axis]) -> None:
         """Note that the node's multiply-accumulates grow with each of these axes."""
         self.works.append(Work(node=node, spaces=tuple(axis for axis in axes if axis is not None)))
+
+
+def counted_attributes(spaces: Mapping[str, Axis]) -> Change:
+    """Integer attributes that a node has, each the number of elements that stay of a space."""
+
+    def change(node: ir.Node, kept: Kept, _editor: Editor) -> None:
+        for name, space in spaces.items():
+            if space is not None and name in node.attributes:
+                node.attributes[name] = ir.AttrInt64(name, kept.count(space))
+
+    return change
 
 
 Rule = Callable[[Tracer, ir.Node], None]
