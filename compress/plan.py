@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -11,14 +11,26 @@ from ..graph.passes import PassRecord, Refusal
 from ..graph.scheme import Scheme
 from ..targets.profile import Evidence, Form
 from .operands import TABLE_OPS
+from .prune.report import Pruning
+from .recipe import IoDtype
 
 SCHEMA_VERSION = 1
 
 PlannedQuantization = Literal["none", "dynamic", "static", "weight-only", "mixed"]
-PlannedPrecision = Literal["int8", "fp32", "fp16", "bf16", "fp16-storage", "bf16-storage"]
+TypedForm = Literal["fp16", "bf16", "fp16-storage", "bf16-storage"]
+PlannedPrecision = Literal[
+    "int8", "fp32", "fp16", "bf16", "fp16-storage", "bf16-storage",
+    "int8+fp16", "int8+bf16", "int8+fp16-storage", "int8+bf16-storage",
+]  # fmt: skip
 
-TYPED_FORMS: tuple[PlannedPrecision, ...] = ("fp16", "bf16", "fp16-storage", "bf16-storage")
+TYPED_FORMS: tuple[TypedForm, ...] = ("fp16", "bf16", "fp16-storage", "bf16-storage")
 """Forms in 16-bit floats; a plan with one that computes in them is named for that one."""
+_MIXED: Mapping[TypedForm, PlannedPrecision] = {
+    "fp16": "int8+fp16",
+    "bf16": "int8+bf16",
+    "fp16-storage": "int8+fp16-storage",
+    "bf16-storage": "int8+bf16-storage",
+}
 _NOT_INTEGER: frozenset[str] = frozenset({"float", *TYPED_FORMS})
 
 
@@ -52,21 +64,31 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All decisions for one model on one target, and everything that was looked at and refused."""
+    """All decisions for one model on one target, and everything that was looked at and refused.
+
+    `pruning` is what was cut out of the graph before anything else; `io_dtype` the type that float32
+    inputs and outputs of the graph get (fp32: they keep it).
+    """
 
     schema_version: int = SCHEMA_VERSION
     target: str
     precision: PlannedPrecision
     quantization: PlannedQuantization
+    io_dtype: IoDtype = "fp32"
     decisions: tuple[Decision, ...]
     passes: tuple[PassRecord, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    pruning: Pruning | None = None
 
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups that are not plain float32, in plan order."""
         return tuple(dict.fromkeys(item.group for item in self.decisions if item.form != "float"))
+
+    def typed_groups(self) -> tuple[str, ...]:
+        """The groups that are stored or computed in 16-bit floats, in plan order."""
+        return tuple(dict.fromkeys(item.group for item in self.decisions if item.form in TYPED_FORMS))
 
     def quantized(self) -> tuple[Decision, ...]:
         """The decisions for integers."""
@@ -76,8 +98,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """The plan with other decisions; precision and quantization follow from them."""
         made = tuple(decisions)
         quantization, forms = quantization_of(made), {item.form for item in made}
-        typed: PlannedPrecision = next((form for form in TYPED_FORMS if form in forms), "fp32")
-        precision: PlannedPrecision = typed if quantization == "none" else "int8"
+        typed = next((form for form in TYPED_FORMS if form in forms), None)
+        precision: PlannedPrecision = typed or "fp32"
+        if quantization != "none":
+            precision = "int8" if typed is None else _MIXED[typed]
         return msgspec.structs.replace(self, decisions=made, quantization=quantization, precision=precision)
 
     def revert(self, groups: frozenset[str], reason: str) -> Plan:

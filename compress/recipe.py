@@ -16,13 +16,17 @@ from ..graph.errors import OutputError, RecipeError
 from ..targets.profile import Form
 from .drift_limit import DriftLimit as DriftLimit  # noqa: PLC0414 - a part of the recipe's own form
 from .drift_limit import check_metrics_once
+from .prune.report import Importance
 
 SCHEMA_VERSION = 1
 
-Precision = Literal["auto", "int8", "bf16", "bf16-compute", "fp16", "fp32"]
+Precision = Literal["auto", "int8", "int8+fp16", "int8+bf16", "bf16", "bf16-compute", "fp16", "fp32"]
+INT8_PRECISIONS: tuple[Precision, ...] = ("int8", "int8+fp16", "int8+bf16")
+"""Precisions that ask for INT8 by name."""
 Quantization = Literal["auto", "dynamic", "static", "weight-only"]
 CalibMethod = Literal["auto", "minmax", "percentile", "entropy", "mse"]
 SkippableStage = Literal["drift", "benchmark", "golden"]
+IoDtype = Literal["fp32", "fp16", "bf16"]
 GoldenSource = Literal["generated", "data"]
 StaticActivation = Literal["uint8", "int8"]
 
@@ -49,7 +53,8 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tell that it reached the same ones. `reverted` names the groups of nodes that went back to
     float for the drift limit, `fusions` says of each timed fusion whether it was kept. `forms` holds
     node by node what timing chose against the target's tables, `static_activation` the type of static
-    activations where it is not the profile's, `session_config` the entries that were the fastest.
+    activations where it is not the profile's, `pruned` the places of the units that were cut out of each
+    group, `session_config` the entries that were the fastest.
     """
 
     model_sha256: str
@@ -63,18 +68,22 @@ class Pins(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     session_config: dict[str, str] | None = None
     reverted: tuple[str, ...] = ()
     rolled_back: tuple[str, ...] = ()
+    pruned: dict[str, tuple[int, ...]] = {}
     ranges_sha256: str | None = None
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that is asked of one compile, apart from the places of its files.
 
+    `io_dtype` is the type of the artifact's float32 inputs and outputs (fp32: as the model has them).
     `keep_float` holds regular expressions searched in node and weight names. `shapes` fixes input
     shapes for calibration inputs, counting and timing; `shape_ranges` adds the least and the largest
     shape to some of them. `threads` is what drift and benchmark run with. `samples` bounds the
     calibration samples, `max_memory_bytes` what calibrating static ranges holds, `eval_samples` those
     that drift is measured on (None: all that the data holds). `ranking_samples` are those that finding
     the worst groups of nodes may cost three forwards each, when a drift limit is exceeded;
+    `prune` is the part of the multiply-accumulates that is cut out, `min_speedup` and `max_size_bytes` are
+    goals for the compiled model that more is cut for; `prune_importance` says how units are ranked.
     `benchmark_rounds` counts interleaved pairs of sessions. `fusions` switches single fusion rules on
     or off. `measure_seconds` bounds the timing of operators and switches on the host that the plan is
     made from (0: by the profile alone); `allow_unmeasured` takes lowerings that nothing is known of.
@@ -88,8 +97,13 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     target: str
     target_overrides: dict[str, str] = {}
     precision: Precision = "auto"
+    io_dtype: IoDtype = "fp32"
     quantization: Quantization = "auto"
     calib_method: CalibMethod = "auto"
+    prune: float | None = None
+    min_speedup: float | None = None
+    max_size_bytes: int | None = None
+    prune_importance: Importance = "obs"
     max_drift: tuple[DriftLimit, ...] = (DriftLimit(limit=0.01),)
     keep_float: tuple[str, ...] = ()
     shapes: dict[str, Shape] = {}
@@ -118,6 +132,12 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if value is not None:
                 _check_at_least(value, 1, field)
         _check_at_least(self.measure_seconds, 0, "measure_seconds")
+        if self.prune is not None and not 0 < self.prune < 1:
+            raise _bad_value("prune", self.prune, "a part between 0 and 1, such as 0.5 or 50%")
+        if self.min_speedup is not None and not 1 < self.min_speedup <= 1000:
+            raise _bad_value("min_speedup", self.min_speedup, "a number of times above 1, such as 2x")
+        if self.max_size_bytes is not None:
+            _check_at_least(self.max_size_bytes, 1, "max_size_bytes")
         if not 0 <= self.seed < 2**32:
             raise _bad_value("seed", self.seed, "a whole number from 0 to 4294967295")
         if not self.target:

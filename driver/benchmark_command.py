@@ -18,6 +18,7 @@ from ..export.runs import append_run
 from ..graph.errors import OutputError, RecipeError, RuntimeUnavailable
 from ..graph.tables import index_bounds
 from ..runtimes.base import Array
+from ..runtimes.feeds import fit_floats
 from ..runtimes.ort_runtime import OrtSession
 from ..runtimes.peak_memory import measure_peak_memory
 from ..runtimes.timing import BenchmarkResult, Candidate, Schedule, benchmark
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
             Candidate(
                 name=item.name,
                 open=functools.partial(OrtSession, file, item.options),
-                feeds=feeds,
+                feeds=[fit_floats(item.inputs, one) for one in feeds],
                 samples_per_run=batch,
             )
             for item, file in zip(opened, files, strict=True)
@@ -115,7 +116,7 @@ def _subfolder(scratch: str, index: int) -> Path:
 
 def _peak_bytes(opened: Opened, file: Path, feeds: Feeds, reporter: Reporter) -> int | None:
     try:
-        return measure_peak_memory(file, feeds, opened.options)["peak_bytes"]
+        return measure_peak_memory(file, fit_floats(opened.inputs, feeds), opened.options)["peak_bytes"]
     except RuntimeUnavailable as error:
         reporter.warn(f"peak memory of {opened.name} was not measured: {error.what}")
         return None

@@ -6,13 +6,12 @@ import dataclasses
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from ..compress.refine.entry import FLOAT_ENTRY
 from .candidate import Candidate, build
 from .conditioning import Conditions, condition
 from .local_benchmark import timing_inputs
 from .measured_stage import MeasuredStages
 from .observing import ranges_digest
-from .refining import refine
+from .refining import TIMED, refine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,11 +25,16 @@ if TYPE_CHECKING:
     from .data_sets import DataSets
 
 
+PINNED = "pinned by the recipe"
+"""Why a group is in float that an earlier compile took back."""
+
+
 class BuildStages(MeasuredStages):
     """What `_Compile` does to carry a plan out.
 
     Attributes:
         plain: the prepared graph without what was done for INT8; float forms are made of it.
+        reference: answers of the float model that the plan is for: the baseline, or what was cut of it.
         rounding: learned integers of static weights.
         built: whether there is a candidate.
     """
@@ -38,6 +42,7 @@ class BuildStages(MeasuredStages):
     sets: DataSets
     cache: CalibCache | None
     baseline: OrtSession
+    reference: OrtSession
     samples: list[dict[str, Array]]
     expected: list[dict[str, Array]]
     rounding: Rounding
@@ -54,6 +59,9 @@ class BuildStages(MeasuredStages):
         self._condition(data)
         if self.sets.calibrated:
             self._calibrate(data)
+        if self.recipe.pins is not None:
+            # Only now, as it came about: ranges and rounding were found with these groups in integers.
+            self.current_plan = self.current_plan.revert(frozenset(self.recipe.pins.reverted), PINNED)
         if self.cache is not None and data is not None:
             note = self.cache.write(self.source.model, data, self.recipe.calib_method)
             if note is not None:
@@ -78,7 +86,7 @@ class BuildStages(MeasuredStages):
         self.ranges, self.rounding = made.ranges, made.rounding
         self.reverted = tuple(dict.fromkeys((*self.reverted, *made.reverted)))
         # Equalization and rounding are found again by the same data; what was timed is pinned.
-        self.fusions |= {name: kept for name, kept in made.fusions.items() if name == FLOAT_ENTRY}
+        self.fusions |= {name: kept for name, kept in made.fusions.items() if name in TIMED}
         self.notes += made.notes
         if pins is not None and self.ranges and pins.ranges_sha256 not in (None, ranges_digest(self.ranges)):
             self.warn("calibration found other ranges than those that the recipe pins")
@@ -96,7 +104,7 @@ class BuildStages(MeasuredStages):
             cache=self.cache if calibrated else None,
             recipe=self.recipe,
             profile=self.profile,
-            baseline=self.baseline,
+            baseline=self.reference,
             task=self.source.model.task,
             samples=self.samples,
             expected=self.expected,

@@ -22,6 +22,7 @@ from ..export.manifest import (
 )
 from ..export.samples import inputs_of_shapes
 from ..graph.errors import DataError
+from ..runtimes.feeds import fit_floats
 from .input_shapes import extreme_shapes, input_shapes, shape_ranges
 from .pareto import RUN_NAME
 
@@ -59,7 +60,8 @@ def golden_samples(candidate: Candidate, recipe: Recipe, data: CalibrationData |
                 where="--golden data",
                 remedy="pass --calib or --eval, or leave --golden out for generated samples",
             )
-        own = [dict(feeds) for feeds, _ in zip(data, range(_GOLDEN_SAMPLES), strict=False)]
+        samples = zip(data, range(_GOLDEN_SAMPLES), strict=False)
+        own = [fit_floats(candidate.model.inputs, feeds) for feeds, _ in samples]
     return measure_golden(
         candidate.model,
         candidate.file,
@@ -69,6 +71,8 @@ def golden_samples(candidate: Candidate, recipe: Recipe, data: CalibrationData |
         seed=recipe.seed,
         threads=recipe.threads,
         shapes=recipe.shapes or None,
+        form=candidate.plan.precision,
+        io_dtype=candidate.plan.io_dtype,
     )
 
 
@@ -102,13 +106,14 @@ def bundle(
         ),
         source=source.model.origin,
         task=source.model.task,
-        target=TargetRecord(name=profile.name, profile_digest=_digest(profile)),
+        target=TargetRecord(name=profile.name, runtime=profile.runtime.name, profile_digest=_digest(profile)),
         data=tuple(_records(sets)),
         shapes=_shapes(source.model, recipe),
         evidence=evidence,
         precision=PrecisionSummary(
             requested=recipe.precision,
             form=candidate.plan.precision,
+            io_dtype=candidate.plan.io_dtype,
             quantization=candidate.plan.quantization,
             operators=dict(sorted(Counter(item.form for item in candidate.plan.decisions).items())),
         ),

@@ -13,6 +13,8 @@ from ..compress.audit import Audit, audit, demote_silent_floats
 from ..compress.lower import apply_plan, fusion_passes
 from ..compress.quantize.static import static_layout
 from ..compress.sensitivity_graphs import missing_ranges
+from ..compress.typed.apply import interface_passes
+from ..compress.typed.twin import open_session
 from ..export.samples import candidate_inputs, inputs_of_shapes
 from ..graph.cleanup import exact_cleanup
 from ..graph.errors import EdgepressError, InternalError, ModelError, RecipeError, UserError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ..compress.quantize.constants import Rounding
     from ..compress.quantize.static import Ranges
     from ..compress.recipe import Recipe
+    from ..compress.typed.twin import Bfloat16Session
     from ..graph.model import Model
     from ..runtimes.base import Array
     from ..targets.profile import TargetProfile
@@ -68,9 +71,10 @@ class Candidate:
         """Session options as the bundle will have them."""
         return SessionOptions(threads=threads, config=dict(self.config))
 
-    def session(self, threads: int) -> OrtSession:
+    def session(self, threads: int) -> OrtSession | Bfloat16Session:
         """A session to compare answers with; not for timing, since large weights stay mapped."""
-        return OrtSession(self.file, self.options(threads).for_answers(self.file_bytes))
+        options = self.options(threads).for_answers(self.file_bytes)
+        return open_session(self.file, options, self.plan.precision, self.plan.io_dtype)
 
 
 def check_samples(
@@ -233,6 +237,7 @@ def _write(
     if missing:
         raise InternalError("tensors were not calibrated", where=", ".join(missing[:5]))
     lowered, records = apply_plan(prepared, plan, ranges, rounding)
+    records += run_passes(lowered, interface_passes(lowered, plan.io_dtype))
     folder.mkdir(parents=True, exist_ok=True)
     files = tuple(save_model(lowered, folder / "model.onnx", with_shapes=with_shapes))
     done = msgspec.structs.replace(plan, passes=(*plan.passes, *records))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..compress.presets import PRESETS, preset_line
-from ..compress.recipe import CalibMethod, GoldenSource, Precision, Quantization, choices
+from ..compress.prune.report import Importance
+from ..compress.recipe import CalibMethod, GoldenSource, IoDtype, Precision, Quantization, choices
 
 OptionKind = Literal["value", "integer", "flag", "append", "optional-list"]
 
@@ -110,6 +111,11 @@ MAX_DRIFT = Option(
     "(accuracy, f1, spearman, or your own as module:function) may lose that part of the baseline's figure, "
     "with abs that much of the metric itself",
 )
+PRUNABLE = Option(
+    flags=("--prunable",),
+    kind="flag",
+    help="list the groups of units that can be cut from a model, and why the others cannot",
+)
 TRUST_CODE = Option(
     flags=("--trust-code",),
     kind="flag",
@@ -200,7 +206,14 @@ COMPILE = Command(
             flags=("--precision",),
             choices=choices(Precision),
             help="auto (default): the fastest plan inside the drift limit; bf16 and fp16 halve the file and "
-            "compute in that type where the target does; bf16-compute insists on it",
+            "compute in that type where the target does; bf16-compute insists on it; int8+fp16 and int8+bf16 "
+            "do so with what INT8 leaves in float",
+        ),
+        Option(
+            flags=("--io-dtype",),
+            choices=choices(IoDtype),
+            help="type of the artifact's float inputs and outputs: fp32 (default) leaves them as the model "
+            "has them, fp16 or bf16 halves what goes in and out; drift still compares in float32",
         ),
         Option(
             flags=("--quantization",),
@@ -213,9 +226,34 @@ COMPILE = Command(
             help="the range estimator of static quantization; default auto",
         ),
         Option(
+            flags=("--prune",),
+            metavar="PART",
+            help="cut out this part of the multiply-accumulates (0.5 or 50%): channels, neurons and heads "
+            "that matter least go, what reads them is fitted anew to --calib data, without labels or "
+            "training; `edgepress inspect --prunable` lists what can go",
+        ),
+        Option(
+            flags=("--min-speedup",),
+            metavar="TIMES",
+            help="cut until the compiled model is so many times as fast as what went in (2x); on the host "
+            "it is measured, elsewhere predicted",
+        ),
+        Option(
+            flags=("--max-size",),
+            metavar="SIZE",
+            help="cut until the compiled model's files have at most this size (10MB)",
+        ),
+        Option(
+            flags=("--prune-importance",),
+            choices=choices(Importance),
+            help="how units are ranked: obs (default: what is lost after the others took over), activation, "
+            "magnitude or batchnorm",
+        ),
+        Option(
             flags=MAX_DRIFT.flags,
             metavar=MAX_DRIFT.metavar,
-            help=MAX_DRIFT.help + "; default 1% of the model's own metric",
+            help=MAX_DRIFT.help + "; default 1% of the model's own metric, with --prune, --min-speedup and "
+            "--max-size none",
         ),
         Option(
             flags=("--keep-float",),
@@ -267,6 +305,8 @@ COMPILE = Command(
         "edgepress compile model.onnx --target host -o out --calib samples.npz",
         "edgepress compile ./minilm --target raspberry-pi-5 -o out --calib text.txt --max-drift cosine=2%",
         "edgepress compile model.onnx --target raspberry-pi-4 --data-free --dry-run",
+        "edgepress compile model.onnx --target host -o out --calib images/ --prune 0.5",
+        "edgepress compile model.onnx --target host -o out --calib images/ --min-speedup 4x --max-size 2MB",
         "edgepress compile model.onnx --recipe out/recipe.toml -o again",
         "edgepress compile ./bert --target host -o out --calib hf:nyu-mll/glue:sst2:train --preset quick",
         "edgepress compile ./bert --target host -o out --shape input_ids:1x16:1x128:8x512 --calib text.txt",
@@ -278,13 +318,15 @@ INSPECT = Command(
     name="inspect",
     summary="show what is in a model or a bundle",
     description=(
-        "Of a model: inputs, outputs, operators, weights, and with --target what a compile would do "
-        "and why each node stays float. Of a bundle: its manifest and its plan."
+        "Of a model: inputs, outputs, operators, weights, with --target what a compile would do "
+        "and why each node stays float, with --prunable which channels, neurons and heads can be cut and "
+        "why the others cannot. Of a bundle: its manifest and its plan."
     ),
     arguments=(Argument(name="MODEL|BUNDLE", help="a model as for compile, or a bundle's folder"),),
-    options=(TARGET, SET, TRUST_CODE, *COMMON),
+    options=(TARGET, SET, PRUNABLE, TRUST_CODE, *COMMON),
     examples=(
         "edgepress inspect model.onnx",
+        "edgepress inspect model.onnx --prunable",
         "edgepress inspect model.onnx --target raspberry-pi-5",
         "edgepress inspect out --json",
     ),

@@ -13,8 +13,8 @@ from ..calibration.task_metrics import require_own_metrics
 from ..compress.emulate.predict import isa_notes
 from ..compress.operands import TABLE_OPS
 from ..compress.propose import Request, is_quantized, propose
-from ..compress.recipe import Pins, Quantization, Recipe
-from ..compress.typed.request import TypedForm, form_of
+from ..compress.recipe import INT8_PRECISIONS, Pins, Quantization, Recipe
+from ..compress.typed.request import TypedForm, check_interface, check_io_dtype, form_of
 from ..export.place import check_output
 from ..export.verify import verify_bundle
 from ..frontends.source import load_source
@@ -24,8 +24,7 @@ from ..graph.save import save_model
 from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from ..targets.registry import load_target
-from .budget import hold, open_budget
-from .build_stage import BuildStages
+from .build_stage import PINNED
 from .bundling import bundle
 from .cache import cache_folder
 from .calib_cache import CalibCache
@@ -34,11 +33,13 @@ from .data_sets import open_data_sets
 from .input_shapes import check_shapes
 from .local_benchmark import COMPILED, WITHOUT_OPTIONS, slowness, time_against_baseline, timing_inputs
 from .measured_stage import TimedForm
+from .mixed_plan import completion_of
 from .observing import ranges_digest
 from .pareto import ParetoLog
+from .prune_stage import PruneStages
 from .reporter import Reporter, SilentReporter
 from .result import CompileResult, Sizes, next_commands, weakest_evidence
-from .typed_plan import estimate_drift, propose_typed, storage_doubts
+from .typed_plan import lifted_for, propose_typed, storage_doubts
 from .workspace import workspace
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from ..runtimes.timing import BenchmarkResult
     from ..targets.profile import Evidence
 
+_FLOAT_PRECISIONS = ("fp16", "bf16", "bf16-compute", "fp32")
 INT8, FUSIONS = "int8", "fusions"
 """What a slower form is rolled back to lose, as pins name it."""
 
@@ -104,19 +106,22 @@ def compile_model(
     with workspace() as folder:
         work.folder = folder
         work.open_data(calib, eval_data, calib_cache)
-        work.prepare(str(model))
-        work.plan()
+        work.open_baseline(str(model))
         if dry_run:
+            work.prepare()
+            work.plan()
             return work.result(None)
-        work.build()
-        work.hold_limits()
-        work.benchmark()
+        work.prune()
+        work.make()
+        while (missed := work.missed()) is not None:
+            work.prune_further(missed)
+            work.make()
         work.tell_of_processors(work.candidate.model)
         place = work.write(Path(output), overwrite) if output is not None else None
         return work.result(place, str(model))
 
 
-class _Compile(BuildStages):
+class _Compile(PruneStages):
     """The state of one compile; each method is a stage that needs the ones before it."""
 
     typed: TypedForm | None
@@ -126,6 +131,11 @@ class _Compile(BuildStages):
         super().__init__()
         self.recipe = recipe
         self.reporter = reporter
+        self.source_bytes = 0
+
+    def begin(self) -> None:
+        """See `MeasuredStages.begin`."""
+        super().begin()
         self.ranges: Ranges = {}
         self.rounding: Rounding = {}
         self.records: list[PassRecord] = []
@@ -135,20 +145,21 @@ class _Compile(BuildStages):
         self.timing: BenchmarkResult | None = None
         self.reverted: tuple[str, ...] = ()
         self.rolled_back: tuple[str, ...] = ()
-        self.source_bytes = 0
         self.built = False
 
     def open_target(self) -> None:
         self.profile = load_target(self.recipe.target, self.recipe.override_texts)
-        if self.profile.runtime.name == "tensorrt":
+        if self.profile.runtime.name == "tensorrt" and self.recipe.precision not in _FLOAT_PRECISIONS:
             name = self.profile.name
             raise NotSupported(
                 f"compiling for {name} is not there yet: its runtime is TensorRT",
                 where="--target",
-                why="artifacts are made for onnxruntime on CPUs so far; TensorRT's come with a later version",
-                remedy=f"see whether the model fits its parser now: edgepress inspect MODEL --target {name}",
+                why="INT8 plans and engines for it come with a later version",
+                remedy="--precision fp16 (or bf16) writes the typed ONNX graph that TensorRT reads; "
+                f"see whether the model fits its parser: edgepress inspect MODEL --target {name}",
             )
         self.typed = form_of(self.profile, self.recipe.precision)
+        check_io_dtype(self.profile, self.recipe.io_dtype)
 
     def open_source(self, model: str, tokenizer: str | None, preprocessor: str | None) -> None:
         with self.reporter.stage("loading the model"):
@@ -177,15 +188,28 @@ class _Compile(BuildStages):
             self.sets = open_data_sets(self.source, self.recipe, calib, eval_data, self.cache)
         for note in self.sets.notes:
             self.reporter.note(note)
+        calibrate = self.sets.calibrate
+        self.completion = completion_of(
+            self.source.model, self.profile, self.recipe, calibrate, self.reporter
+        )
         if self.cache is not None:
             doubt = self.cache.check(self.source.model, self.sets.calibrate, self.recipe.calib_method)
             if doubt is not None:
                 self._warn(doubt)
             if self.sets.evaluate is None and "drift" not in self.recipe.skip:
                 self._warn("drift is not measured, and no limit is held: there is no data (add --eval DATA)")
+        self.check_pruning()
 
-    def prepare(self, model: str) -> None:
-        """Open the untouched baseline, then clean up and fuse a fork, checked against it."""
+    def make(self) -> None:
+        """Everything from the float model to a measured candidate."""
+        self.prepare()
+        self.plan()
+        self.build()
+        self.hold_limits()
+        self.benchmark()
+
+    def open_baseline(self, model: str) -> None:
+        """Open the untouched baseline, and run a few samples through it."""
         path = Path(model).expanduser()
         if self.source.model.origin.kind == "onnx" and path.is_file():
             self.baseline_file = path
@@ -197,19 +221,24 @@ class _Compile(BuildStages):
             files = save_model(self.source.model.fork(), folder / "model.onnx")
             self.baseline_file = files[0]
             self.source_bytes = sum(file.stat().st_size for file in files)
-        with self.reporter.stage("cleaning up and fusing"):
+        with self.reporter.stage("opening the baseline"):
             options = SessionOptions(threads=self.recipe.threads).for_answers(self.source_bytes)
-            self.baseline = OrtSession(self.baseline_file, options)
+            self.baseline = self.reference = OrtSession(self.baseline_file, options)
             data = self.sets.evaluate or self.sets.calibrate
             self.samples, self.expected = check_samples(self.source.model, data, self.recipe, self.baseline)
+        self.model = self.source.model
+
+    def prepare(self) -> None:
+        """Clean up and fuse a fork of the model, checked against it."""
+        with self.reporter.stage("cleaning up and fusing"):
             if self.keeps_source_graph():
-                self.prepared = self.source.model.fork()
+                self.prepared = self.model.fork()
                 return
             self.settle_fusions()
 
     def prepare_with(self, recipe: Recipe) -> tuple[Model, list[PassRecord]]:
         return prepare(
-            self.source.model,
+            self.model,
             self.profile,
             recipe,
             samples=self.samples,
@@ -236,6 +265,8 @@ class _Compile(BuildStages):
             settled = request if is_quantized(self.source.model) else self.settle_forms(request)
             plan = propose(self.prepared, self.profile, settled)
         else:
+            self.prepared, records = lifted_for(self.prepared, self.profile, self.typed)
+            self.records += records
             plan, notes = propose_typed(
                 self.prepared,
                 self.profile,
@@ -258,49 +289,45 @@ class _Compile(BuildStages):
             what = "run in INT8" if self.typed is None else f"take the form {self.typed}"
             self._refuse_or_note(f"nothing can {what} on {self.profile.name}: {'; '.join(reasons[:3])}")
         if pins is not None:
-            plan = plan.revert(frozenset(pins.reverted), "pinned by the recipe")
+            if not self.may_time:
+                plan = plan.revert(frozenset(pins.reverted), PINNED)
             if pins.data_sha256 is not None and pins.data_sha256 != self._data_digest():
                 self._warn("the recipe's choices were pinned on other calibration data")
             if INT8 in pins.rolled_back or FUSIONS in pins.rolled_back:
                 plan = plan.revert(frozenset(plan.groups), "rolled back: slower, pinned by the recipe")
             self.reverted, self.rolled_back = pins.reverted, pins.rolled_back
         refusals = tuple(refusal for record in self.records for refusal in record.refused)
-        self.current_plan = msgspec.structs.replace(plan, passes=tuple(self.records), refusals=refusals)
+        seen = (*self.samples, *self.expected)
+        io_dtype, note = check_interface(self.source.model, recipe.io_dtype, seen)
+        self.notes += [note] if note else []
+        self.current_plan = msgspec.structs.replace(
+            plan,
+            io_dtype=io_dtype,
+            pruning=self.pruning,
+            notes=(*plan.notes, *([note] if note else [])),
+            passes=tuple(self.records),
+            refusals=refusals,
+        )
+        if self.completion is not None and not self.may_time:  # else when INT8 holds the limits
+            self.current_plan, notes = self.completion.plan(self.prepared, self.current_plan)
+            self.notes += [self.completion.described(self.current_plan), *notes]
 
     def _refuse_or_note(self, text: str) -> None:
-        if self.recipe.precision == "int8":
+        if self.recipe.precision in INT8_PRECISIONS:
             raise NotSupported(
                 text, where=self.source.model.origin.name, remedy="use --precision auto or fp32"
             )
         self.notes.append(text)
         self.reporter.warn(text)
 
-    def hold_limits(self) -> None:
-        if "drift" in self.recipe.skip or self.sets.evaluate is None:
-            return
-        task = self.source.model.task
-        with open_budget(self.baseline, self.sets.evaluate, task, self.recipe, self.reporter) as budget:
-            self.candidate, self.drift, reverted = hold(
-                self.candidate,
-                budget,
-                self.lower,
-                ranking_data=self.sets.calibrate,
-                folder=self.folder,
-                reporter=self.reporter,
-                log=self.pareto,
-            )
-            notes, doubts = estimate_drift(self.candidate, self.profile, budget, self.reporter)
-        self.reverted += reverted
-        self.notes += notes
-        for doubt in doubts:
-            self._warn(doubt)
-        self._keep_in_plan(*notes, *doubts)
-
     def benchmark(self) -> None:
         """Time the candidate here; on the host itself a form that does not pay is rolled back."""
         if "benchmark" in self.recipe.skip:
             return
-        asked_by_name = self.recipe.precision == "int8" or self.typed is not None
+        if self.profile.gpu is not None:
+            self.notes.append("not timed: this machine's processor says nothing of TensorRT's speed")
+            return
+        asked_by_name = self.recipe.precision in INT8_PRECISIONS or self.typed is not None
         rivals = [] if asked_by_name else self.rivals()
         self.timing = self.time(rivals)
         if self.profile.kind != "host" or self.recipe.pins is not None:
@@ -316,6 +343,7 @@ class _Compile(BuildStages):
                 return
             self._warn(f"{text}: rolled back to float")
             self.rolled_back += (INT8,)
+            self.completion = None
             groups = frozenset(self.candidate.plan.groups)
             plan = self.candidate.plan.revert(groups, f"rolled back: {text}")
             self.verdicts, self.session_config = {}, None
@@ -324,8 +352,9 @@ class _Compile(BuildStages):
         if text is not None:
             self._warn(f"{text}: the graph that went in is kept as it is")
             self.rolled_back += (FUSIONS,)
+            self.completion = None
             plan = msgspec.structs.replace(self.candidate.plan, passes=())
-            source = self.source.model.fork()
+            source = self.model.fork()
             folder = self.folder / "source"
             self.replace(build(source, plan, {}, self.profile, folder, with_shapes=True))
 
@@ -344,9 +373,9 @@ class _Compile(BuildStages):
         self.notes += notes
         for doubt in storage_doubts(self.candidate, self.profile):
             self._warn(doubt)
-        self._keep_in_plan(*notes)
+        self.keep_in_plan(*notes)
 
-    def _keep_in_plan(self, *notes: str) -> None:
+    def keep_in_plan(self, *notes: str) -> None:
         """Add notes to the plan that the bundle holds, each once."""
         plan = self.candidate.plan
         every = tuple(dict.fromkeys((*plan.notes, *notes)))
@@ -379,6 +408,7 @@ class _Compile(BuildStages):
             self.reporter,
             rounds=rounds or self.recipe.benchmark_rounds,
             device=self.device,
+            inputs=self.candidate.model.inputs,
         )
         self.pareto.timed(self.candidate, timing)
         return timing
@@ -411,6 +441,7 @@ class _Compile(BuildStages):
             session_config=earlier.session_config if earlier else self.session_config,
             reverted=self.reverted,
             rolled_back=self.rolled_back,
+            pruned=self.pinned_cuts(),
             ranges_sha256=ranges_digest(self.ranges) if self.ranges else None,
         )
         return msgspec.structs.replace(self.recipe, pins=pins)

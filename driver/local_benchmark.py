@@ -12,6 +12,7 @@ from ..graph.errors import RuntimeUnavailable
 from ..graph.tables import index_bounds
 from ..runtimes.base import SessionOptions
 from ..runtimes.device import Device, Form, LocalDevice
+from ..runtimes.feeds import fit_floats
 from ..runtimes.peak_memory import measure_peak_memory
 from ..runtimes.timing import BenchmarkResult, Schedule
 from .budget import steps
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..compress.recipe import Recipe
     from ..frontends.source import Source
+    from ..graph.model import TensorSpec
     from ..runtimes.base import Array
     from .reporter import Reporter
 
@@ -69,24 +71,31 @@ def time_against_baseline(
     rounds: int = 5,
     with_memory: bool = True,
     device: Device | None = None,
+    inputs: Sequence[TensorSpec] = (),
 ) -> BenchmarkResult:
     """Interleaved timing of model files; the first entry of the result is the baseline.
 
     Args:
         baseline: the untouched model's file, run with default options.
         candidates: (name, file, options) of each candidate.
-        feeds: one set of inputs.
+        feeds: one set of inputs, as the baseline takes them.
         threads: for the baseline; the candidates' options carry their own.
         reporter: progress.
         rounds: interleaved pairs of sessions.
         with_memory: also measure the peak memory of a fresh process for the baseline and the candidate.
         device: where to time; this machine by default.
+        inputs: what the candidates take, where their float types differ from the baseline's.
     """
     place = device or LocalDevice()
     files = {BASELINE: (baseline, SessionOptions(threads=threads))}
     files |= {name: (file, options) for name, file, options in candidates}
+    own = {
+        file: fit_floats(inputs, feeds) if inputs and file != baseline else feeds
+        for file, _ in files.values()
+    }
     forms = [
-        Form(name=name, model=place.put([file]), options=options) for name, (file, options) in files.items()
+        Form(name=name, model=place.put([file]), options=options, feeds=own[file])
+        for name, (file, options) in files.items()
     ]
     schedule = Schedule(
         pairs=rounds,
@@ -103,7 +112,7 @@ def time_against_baseline(
     return msgspec.structs.replace(
         result,
         timings=tuple(
-            msgspec.structs.replace(timing, peak_memory_bytes=_peak_bytes(*files[timing.name], feeds))
+            msgspec.structs.replace(timing, peak_memory_bytes=_peak_bytes(*files[timing.name], own))
             if timing.name in (BASELINE, COMPILED, WITHOUT_OPTIONS)
             else timing
             for timing in result.timings
@@ -111,9 +120,9 @@ def time_against_baseline(
     )
 
 
-def _peak_bytes(file: Path, options: SessionOptions, feeds: Mapping[str, Array]) -> int | None:
+def _peak_bytes(file: Path, options: SessionOptions, feeds: Mapping[Path, Mapping[str, Array]]) -> int | None:
     """Peak memory of a fresh process, or None where the system does not account it."""
     try:
-        return measure_peak_memory(file, feeds, options)["peak_bytes"]
+        return measure_peak_memory(file, feeds[file], options)["peak_bytes"]
     except RuntimeUnavailable:
         return None

@@ -67,6 +67,7 @@ class MeasuredStages(ABC):
     reporter: Reporter
     profile: TargetProfile
     source: Source
+    model: Model
     folder: Path
     prepared: Model
     plain: Model
@@ -88,9 +89,13 @@ class MeasuredStages(ABC):
 
     def __init__(self) -> None:
         self.device = LocalDevice()
+        self.may_time = True
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was chosen: the stages may start on another model."""
         self.measured = Measured()
         self.verdicts = {}
-        self.may_time = True
         self.fusions = {}
         self.session_config = None
 
@@ -122,7 +127,7 @@ class MeasuredStages(ABC):
         self.prepared, self.records = self.prepare_with(self._switched())
         if self.may_time and is_measured(self.profile, self.recipe):
             (self.prepared, self.records), chosen = faster_fusions(
-                self.source.model,
+                self.model,
                 (self.prepared, self.records),
                 self.profile,
                 self.recipe,

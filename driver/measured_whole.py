@@ -11,6 +11,7 @@ import msgspec
 from ..compress.choice import Verdict
 from ..compress.lower import apply_plan, fusion_passes
 from ..compress.quantize.static import static_layout
+from ..compress.recipe import INT8_PRECISIONS
 from ..graph.passes import run_passes
 from ..graph.save import to_bytes
 from ..runtimes.base import SessionOptions
@@ -56,7 +57,7 @@ def is_measured(profile: TargetProfile, recipe: Recipe) -> bool:
         profile.kind == "host"
         and recipe.pins is None
         and recipe.measure_seconds > 0
-        and recipe.precision in ("auto", "int8")
+        and recipe.precision in ("auto", *INT8_PRECISIONS)
         and "benchmark" not in recipe.skip
     )
 
@@ -106,7 +107,7 @@ def settle_forms(
         budget_s=recipe.measure_seconds * _SHARE_OF_OPERATORS if may_time else 0.0,
         reporter=reporter,
     )
-    if recipe.precision == "int8":  # asked for by name: the fastest integer form, even where float is faster
+    if recipe.precision in INT8_PRECISIONS:  # by name: the fastest integer form, even where float is faster
         kept = {name: item for name, item in measured.verdicts.items() if item.form != "float"}
         measured = dataclasses.replace(measured, verdicts=kept)
     return with_verdicts(request, measured, measured.verdicts), measured

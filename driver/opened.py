@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..compress.typed.twin import Bfloat16Session, open_session
 from ..export.manifest import InputShapes, Manifest
 from ..export.verify import read_manifest
 from ..frontends.source import load_source
@@ -39,6 +40,7 @@ class Opened:
         encoder: turns texts into inputs, where it carries a tokenizer.
         preprocessor: its preprocessor_config.json, where it carries one: turns images into inputs.
         shapes: a bundle's ranges of input shapes, where it was compiled for such.
+        numerics: a bundle's precision and type of inputs and outputs, which say how it is run here.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Opened:
     encoder: TextEncoder | None
     preprocessor: Path | None = None
     shapes: Mapping[str, InputShapes] = field(default_factory=dict)
+    numerics: tuple[str, str] = ("", "fp32")
 
     def graph(self) -> Model:
         """The graph in memory.
@@ -72,7 +75,7 @@ class Opened:
         save_model(self.graph(), path)
         return path
 
-    def session(self) -> OrtSession:
+    def session(self) -> OrtSession | Bfloat16Session:
         """A new session to compare answers with; large weights stay mapped.
 
         Raises:
@@ -80,7 +83,8 @@ class Opened:
             RuntimeUnavailable: if the runtime cannot be used here.
         """
         if self.file is not None:
-            return OrtSession(self.file, self.options.for_answers(self.weight_bytes))
+            options = self.options.for_answers(self.weight_bytes)
+            return open_session(self.file, options, *self.numerics)
         return OrtSession.from_model(self.graph(), self.options)
 
 
@@ -149,6 +153,7 @@ def _open_bundle(path: Path, named: str, threads: int) -> Opened:
         encoder=_encoder(path) if "tokenizer.json" in manifest.assets else None,
         preprocessor=path / "assets" / _PREPROCESSOR if _PREPROCESSOR in manifest.assets else None,
         shapes=manifest.shapes,
+        numerics=(manifest.precision.form, manifest.precision.io_dtype),
     )
 
 

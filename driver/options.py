@@ -28,8 +28,9 @@ from .commands import COMMANDS, EXIT_CODES, Argument, Command, Option
 
 # Options that set the recipe field of the same name without any conversion.
 _PLAIN_RECIPE_OPTIONS = (
-    *("target", "precision", "quantization", "calib_method", "threads", "samples", "seed", "golden"),
-    *("data_free", "trust_code", "eval_samples", "ranking_samples", "measure_seconds", "allow_unmeasured"),
+    *("target", "precision", "io_dtype", "quantization", "calib_method", "threads", "samples", "seed"),
+    *("golden", "data_free", "trust_code", "eval_samples", "ranking_samples", "measure_seconds"),
+    *("allow_unmeasured", "prune_importance"),
 )
 _SIZES = re.compile(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", re.IGNORECASE)
 
@@ -119,6 +120,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
         value = getattr(arguments, name)
         if value is not None and value is not False:
             given[name] = value
+    given |= _pruning(arguments)
     if arguments.max_drift is not None:
         given["max_drift"] = parse_drift_limits(arguments.max_drift)
     if arguments.keep_float is not None:
@@ -137,6 +139,51 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
     if arguments.skip is not None:
         given["skip"] = _stages(arguments.skip)
     return override(recipe, given)
+
+
+def _pruning(arguments: argparse.Namespace) -> dict[str, object]:
+    """What is asked of pruning; no drift limit is held then unless one is given, in words or by a recipe."""
+    given: dict[str, object] = {}
+    if arguments.prune is not None:
+        given["prune"] = parse_part(arguments.prune)
+    if arguments.min_speedup is not None:
+        given["min_speedup"] = parse_times(arguments.min_speedup)
+    if arguments.max_size is not None:
+        given["max_size_bytes"] = parse_size(arguments.max_size, option="--max-size")
+    if given and arguments.recipe is None:
+        given["max_drift"] = ()
+    return given
+
+
+def parse_part(text: str) -> float:
+    """A part written as 0.5 or 50%.
+
+    Raises:
+        RecipeError: if it is not between 0 and 1.
+    """
+    match = re.fullmatch(r"([0-9]{0,3}(?:\.[0-9]{1,9})?)(%?)", text.strip())
+    part = float(match[1]) / (100 if match[2] else 1) if match is not None and match[1] else 0.0
+    if not 0 < part < 1:
+        raise RecipeError(
+            f"{text!r} is no part between 0 and 1",
+            where="--prune",
+            remedy="write the part of the multiply-accumulates that goes as 0.5 or 50%",
+        )
+    return part
+
+
+def parse_times(text: str) -> float:
+    """A speed-up written as 2x or 2.
+
+    Raises:
+        RecipeError: if it is not above 1.
+    """
+    match = re.fullmatch(r"([0-9]{1,4}(?:\.[0-9]{1,6})?) ?x?", text.strip(), re.IGNORECASE)
+    if match is None or not 1 < float(match[1]) <= 1000:
+        raise RecipeError(
+            f"{text!r} is no speed-up", where="--min-speedup", remedy="write it as 2x; it must be above 1"
+        )
+    return float(match[1])
 
 
 def shapes_from(texts: Sequence[str] | None) -> dict[str, Shape]:

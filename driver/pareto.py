@@ -117,7 +117,9 @@ class ParetoLog:
 def _name(candidate: Candidate, reverted: Sequence[str]) -> str:
     if not candidate.plan.groups:
         return "all in float"
-    return "as planned" if not reverted else f"{len(reverted)} groups in float"
+    rest = candidate.plan.precision.partition("+")[2]
+    name = "as planned" if not reverted else f"{len(reverted)} groups in float"
+    return f"{name}, the rest in {rest}" if rest else name
 
 
 def _is_best(point: ParetoPoint, points: Mapping[Path, ParetoPoint]) -> bool:

@@ -113,6 +113,7 @@ def unsaid(answer):
         "compile model.onnx --target raspberry-pi-5 --calib calib.npz -o dry --dry-run -v",
         "inspect model.onnx",
         "inspect model.onnx --target raspberry-pi-5",
+        "inspect model.onnx --prunable",
         "inspect out",
         "verify out",
         "run out --inputs in.npz",

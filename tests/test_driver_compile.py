@@ -116,8 +116,9 @@ def test_only_the_bad_layer_goes_back_to_float(tmp_path):
         recipe=recipe(max_drift=(DriftLimit(metric="l2", limit=0.03),), fusions={"migrate-outliers": False}),
         reporter=heard,
     )
-    forms = {item.node: item.form for item in result.plan.decisions}
-    assert forms == {"matmul0": "dynamic", "matmul1": "float", "matmul2": "dynamic"}
+    forms = {item.node: item.form for item in result.plan.decisions if item.op == "MatMul"}
+    # This core computes in float16 where it is not INT8.
+    assert forms == {"matmul0": "dynamic", "matmul1": "fp16", "matmul2": "dynamic"}
     assert result.drift.l2 <= 0.03
     assert any("drift limit" in note for note in heard.notes)
     assert "drift limit" in next(item.reason for item in result.plan.decisions if item.node == "matmul1")
@@ -364,7 +365,7 @@ def test_temporary_files_are_gone_also_after_an_interrupt(tmp_path, monkeypatch)
     def interrupt(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compile_module, "hold", interrupt)
+    monkeypatch.setattr("edgepress.driver.limit_stage.hold", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compiled(mlp(tmp_path / "m.onnx"), tmp_path, calib=vectors(tmp_path / "d.npz"))
     assert list(temporary.iterdir()) == []

@@ -205,6 +205,6 @@ def test_an_injected_bad_layer_is_repaired(tmp_path):
             target="raspberry-pi-5", skip=("benchmark", "golden"), max_drift=limits, fusions=switches
         )
         result = compile_model(source, target=recipe.target, calib=data, recipe=recipe)
-        forms.append({item.node: item.form for item in result.plan.decisions})
-    assert forms == [dict(zip(forms[0], kinds, strict=True)) for kinds in (
-        ("dynamic", "float", "dynamic"), ("dynamic", "dynamic", "dynamic"))]  # fmt: skip
+        forms.append([item.form for item in result.plan.decisions if item.op == "MatMul"])
+    # What is not in integers computes in float16 on this core.
+    assert forms == [["dynamic", "fp16", "dynamic"], ["dynamic", "dynamic", "dynamic"]]

@@ -1,0 +1,427 @@
+"""Structured pruning without labels or training: two CIFAR-10 ResNets and all-MiniLM-L6-v2.
+
+ResNets: from the .onnx alone, 1,024 unlabelled training images; accuracy on the 10,000 test images, which are
+decoded from JPEG copies, so that absolute accuracies are below the published ones: compare before with after.
+Beside it Torch-Pruning on the checkpoint of the same net and the same images, without fine-tuning, in an
+environment of its own. onnxsim's pruning stands beside nothing here: it keeps none of the accuracy at this
+ratio either, and its files need their shapes cleared before anything opens them.
+
+MiniLM: from sentences of a text (Wikitext-2); Spearman on the STS-B test sentences, which pruning never saw.
+The speed counts against the same float form unpruned, at 1x128 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from edgepress.benchmarks import cnn_int8, peer_environments, places, sentence_accuracy
+from edgepress.benchmarks.compiling import compile_bundle
+from edgepress.benchmarks.report import Report, parser
+from edgepress.benchmarks.sessions import Form, speed_rows, time_forms, token_feeds
+from edgepress.graph.errors import RuntimeUnavailable
+
+Array = npt.NDArray[Any]
+BASELINE, PRUNED, THOROUGH, BOTH = (
+    "FP32",
+    "edgepress pruned",
+    "edgepress pruned, thorough",
+    "edgepress pruned, INT8",
+)
+_TRAIN, _TEST = (
+    f"cifar10-jpeg/cifar10_{part}_jpegdecoded_{count}.npz"
+    for part, count in (("train", 20000), ("test", 10000))
+)
+_HELD_OUT, _HELD_OUT_SENTENCES = 500, 200
+_HELD_OUT_TEXT = "calib-text/calib_sentences_wikitext2_test.txt"
+_PEER = peer_environments.Peer(
+    name="torch-pruning",
+    program="torch_pruning_resnet.py",
+    requirements=("torch-pruning==1.6.1", "torch==2.13.0", "onnx==1.23.2", "numpy==2.4.6"),
+    calibrated=True,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A ResNet: its files, how far it is cut, and what is claimed.
+
+    Attributes:
+        ratio: times fewer multiply-accumulates, at least.
+        most_lost: accuracy that may be lost, as a fraction.
+    """
+
+    depth: int
+    file: str
+    checkpoint: str
+    ratio: float
+    most_lost: float
+
+
+CASES = {
+    "resnet56": Case(
+        depth=56,
+        file="cifar10-resnet/resnet56.onnx",
+        checkpoint="cifar10-resnet/resnet56-4bfd9763.th",
+        ratio=2.11,
+        most_lost=0.041,
+    ),
+    "resnet20": Case(
+        depth=20,
+        file="cifar10-resnet/resnet20.onnx",
+        checkpoint="cifar10-resnet/resnet20-12fca82f.th",
+        ratio=1.37,
+        most_lost=0.02,
+    ),
+}
+MINILM_SPEED, MINILM_LOST = 1.5, 0.02
+ROWS = ("thorough", "int8", "peers")
+
+
+def options_of_script() -> argparse.ArgumentParser:
+    """The command line."""
+    made = parser(__doc__)
+    places.add_model(made)
+    places.add_workdir(made)
+    models = [*CASES, "minilm"]
+    made.add_argument("--models", nargs="+", choices=models, default=models, metavar="NAME")
+    made.add_argument(
+        "--without", action="append", choices=ROWS, default=[], help="leave rows out; may be repeated"
+    )
+    made.add_argument(
+        "--calibration", type=int, default=1024, help="unlabelled images of a ResNet (default: 1024)"
+    )
+    made.add_argument("--images", type=int, default=10_000, help="test images (default: 10000)")
+    made.add_argument("--sentences", type=int, default=1000, help="unlabelled sentences (default: 1000)")
+    made.add_argument(
+        "--prune-minilm",
+        type=float,
+        default=0.42,
+        metavar="PART",
+        help="part of MiniLM's multiply-accumulates that goes (default: 0.42)",
+    )
+    made.add_argument(
+        "--compile-threads", type=int, default=1, help="threads of the compiles and of the peer (default: 1)"
+    )
+    made.add_argument("--pairs", type=int, default=6, help="rounds of fresh sessions (default: 6)")
+    made.add_argument("--runs", type=int, default=30, help="timed runs a round (default: 30)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the shuffles (default: 0)")
+    made.add_argument(
+        "--torch-index", metavar="URL", help="a further package index, for a CPU build of torch"
+    )
+    return made
+
+
+def variants(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """Name of a form -> words for the command line."""
+    found: dict[str, tuple[str, ...]] = {PRUNED: ("--precision", "fp32")}
+    if "thorough" not in options.without:
+        found[THOROUGH] = ("--precision", "fp32", "--prune-repair", "thorough")
+    if "int8" not in options.without:
+        found[BOTH] = ("--precision", "int8")
+    return found
+
+
+def compiled(
+    label: str, model: Path, bundle: Path, words: Sequence[str], options: argparse.Namespace, report: Report
+) -> dict[str, Any]:
+    """Compile for this machine; the form, what was cut, and how long it took."""
+    report.progress(f"{bundle.name}: compiling")
+    started = time.monotonic()
+    document = compile_bundle(
+        model, bundle, "host", *words, "--threads", str(options.compile_threads), "--skip", "benchmark,golden"
+    )
+    took_s = time.monotonic() - started
+    form = Form.of_bundle(label, bundle)
+    plan = json.loads((bundle / "plan.json").read_text(encoding="utf-8"))
+    pruning = plan.get("pruning") or {}
+    return {
+        "form": form,
+        "macs": pruning.get("macs_after"),
+        "macs_before": pruning.get("macs_before"),
+        "parameters": parameters(form.file),
+        "widths": {group["name"]: [group["units"], group["left"]] for group in pruning.get("groups", ())},
+        "output_error": pruning.get("output_error"),
+        "notes": document.get("notes"),
+        "compile_s": took_s,
+    }
+
+
+def parameters(file: Path) -> int:
+    """Elements of all tensors that a file holds."""
+    import onnx
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    return sum(int(np.prod(item.dims)) for item in graph.initializer)
+
+
+def images_of(name: str, first: int, count: int, seed: int) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Normalised images of a shuffled file, shape (count, 3, 32, 32), and their classes, shape (count,)."""
+    with np.load(places.data(name)) as stored:
+        images, labels = stored["images"], stored["labels"]
+    chosen = np.random.default_rng(seed).permutation(len(images))[first : first + count]
+    net = cnn_int8.NETS["resnet20"]
+    scaled = images[chosen].astype(np.float32) / np.float32(255)
+    scaled = (scaled - np.asarray(net.mean, np.float32)) / np.asarray(net.std, np.float32)
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)), labels[chosen].astype(np.int64)
+
+
+class ResNetRun:
+    """One ResNet: every form of it, its accuracy and its speed."""
+
+    def __init__(self, name: str, options: argparse.Namespace, report: Report) -> None:
+        self.name, self.case, self.options, self.report = name, CASES[name], options, report
+        self.baseline = Form(BASELINE, places.data(self.case.file))
+        self.images, self.labels = images_of(_TEST, 0, options.images, options.seed)
+        self.training = images_of(_TRAIN, 0, options.calibration, options.seed)
+        self.found: dict[str, dict[str, Any]] = {
+            BASELINE: {"form": self.baseline, "parameters": parameters(self.baseline.file)}
+        }
+
+    def compile(self) -> None:
+        """Every form that edgepress makes; the images have no labels, those for its own drift are others."""
+        workdir: Path = self.options.workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        calibration, held_out = (workdir / f"{self.name}-prune-{part}.npz" for part in ("calib", "eval"))
+        (name,) = self.baseline.open().input_names
+        others = images_of(_TRAIN, self.options.calibration, _HELD_OUT, self.options.seed)[0]
+        for path, images in ((calibration, self.training[0]), (held_out, others)):
+            np.savez(path, allow_pickle=False, **{name: images})
+        for label, words in variants(self.options).items():
+            self.found[label] = compiled(
+                label,
+                self.baseline.file,
+                workdir / f"{self.name}-{label.split(' ', 1)[1].replace(', ', '-')}",
+                (
+                    *("--calib", str(calibration), "--samples", str(self.options.calibration)),
+                    *("--eval", str(held_out), "--prune", f"{1 - 1 / self.case.ratio:.6f}", *words),
+                ),
+                self.options,
+                self.report,
+            )
+        self.found[BASELINE]["macs"] = self.found[PRUNED]["macs_before"]
+
+    def peer(self) -> None:
+        """What Torch-Pruning makes of the checkpoint; a row with its reason where it cannot be used."""
+        options, workdir = self.options, self.options.workdir
+        calibration, settings = workdir / f"{self.name}-peer.npz", workdir / f"{self.name}-peer.json"
+        np.savez(
+            calibration, allow_pickle=False, **{"0.input": self.training[0], "0.labels": self.training[1]}
+        )
+        asked = {"depth": self.case.depth, "ratio": self.case.ratio, "threads": options.compile_threads}
+        settings.write_text(json.dumps(asked), encoding="utf-8")
+        self.report.progress(f"{self.name}: Torch-Pruning")
+        started = time.monotonic()
+        try:
+            python = peer_environments.make_environment(_PEER, workdir / "environments", options.torch_index)
+            started = time.monotonic()
+            forms = peer_environments.prepare(
+                _PEER,
+                python,
+                workdir / f"{self.name}-torch-pruning",
+                {
+                    "model": places.data(self.case.checkpoint),
+                    "calibration": calibration,
+                    "settings": settings,
+                },
+            )
+        except RuntimeUnavailable as error:
+            self.report.text(f"{self.name}: Torch-Pruning cannot be used: {error}")
+            self.found[_PEER.name] = {"failure": str(error)}
+            return
+        for made in forms:
+            form = Form(made.name, made.files[0])
+            self.found[made.name] = {
+                "form": form,
+                "macs": made.options["macs"],
+                "parameters": parameters(form.file),
+                "all_compile_s": time.monotonic() - started,
+            }
+
+    def measure(self) -> None:
+        """Accuracy and latency of every form."""
+        from edgepress.runtimes.timing import Schedule
+
+        usable = {label: item for label, item in self.found.items() if "form" in item}
+        before = None
+        for label, item in usable.items():
+            self.report.progress(f"{self.name}: {label} on {len(self.images)} test images")
+            after = cnn_int8.classes(item["form"], self.images, 50)
+            before = after if before is None else before
+            item["accuracy"] = cnn_int8.change(self.labels, before, after)
+        self.report.progress(f"{self.name}: timing")
+        (name,) = self.baseline.open().input_names
+        schedule = Schedule(pairs=self.options.pairs, runs=self.options.runs, limit_s=120)
+        forms = [item["form"] for item in usable.values()]
+        speeds = speed_rows(time_forms(forms, {name: self.images[:1]}, threads=1, schedule=schedule))
+        for label, item in usable.items():
+            item["speed"] = speeds[label]
+
+    def show(self) -> None:
+        """One row a form."""
+        rows = []
+        for label, item in self.found.items():
+            if "form" not in item:
+                continue
+            part, speed = item["accuracy"], item["speed"]
+            whole = self.found[BASELINE]["macs"]
+            seconds = item.get("compile_s")
+            rows.append(
+                (
+                    label,
+                    f"{item['macs'] / 1e6:.1f}",
+                    f"{whole / item['macs']:.2f}x",
+                    f"{item['parameters'] / 1e3:.0f}",
+                    f"{part['after']:.2%}",
+                    f"{part['change'] * 100:+.2f}",
+                    f"{part['low'] * 100:+.2f} to {part['high'] * 100:+.2f}",
+                    f"{part['flips']:.1%}",
+                    f"{speed['p50_ms']:.3f}",
+                    f"{speed['ratio']:.2f}x ({speed['ratio_low']:.2f}-{speed['ratio_high']:.2f})",
+                    "" if seconds is None else f"{seconds:.0f}",
+                )
+            )
+        self.report.table(
+            f"{self.name}: {len(self.labels)} test images; batch 1, 1 thread",
+            (
+                *("form", "M MACs", "fewer", "k params", "accuracy", "points", "95 % paired", "flips"),
+                *("ms", "x FP32", "compile s"),
+            ),
+            rows,
+        )
+        shown = self.found[THOROUGH if THOROUGH in self.found else PRUNED]
+        lost = -shown["accuracy"]["change"]
+        self.report.text(
+            f"claimed: at most {self.case.most_lost * 100:.1f} points lost at {self.case.ratio}x; "
+            f"here {lost * 100:.2f} at {self.found[BASELINE]['macs'] / shown['macs']:.2f}x"
+        )
+
+
+class MiniLMRun:
+    """all-MiniLM-L6-v2: the float bundle, pruned, and pruned in INT8."""
+
+    def __init__(self, options: argparse.Namespace, report: Report) -> None:
+        self.options, self.report = options, report
+        self.model = places.minilm(options.model)
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def compile(self) -> None:
+        """The float form unpruned, and what pruning makes of it; sentences for its own drift are others."""
+        workdir: Path = self.options.workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        held_out = workdir / "minilm-prune-eval.txt"
+        lines = places.data(_HELD_OUT_TEXT).read_text(encoding="utf-8").splitlines()
+        held_out.write_text("\n".join(lines[:_HELD_OUT_SENTENCES]) + "\n", encoding="utf-8")
+        self.found[BASELINE] = compiled(
+            BASELINE,
+            self.model,
+            workdir / "minilm-unpruned",
+            ("--precision", "fp32", "--skip", "drift,benchmark,golden"),
+            self.options,
+            self.report,
+        )
+        for label, words in variants(self.options).items():
+            data = ("--calib", str(places.data(places.CALIBRATION_TEXT)), "--eval", str(held_out))
+            self.found[label] = compiled(
+                label,
+                self.model,
+                workdir / f"minilm-{label.split(' ', 1)[1].replace(', ', '-')}",
+                (
+                    *data,
+                    *("--samples", str(self.options.sentences), "--prune", str(self.options.prune_minilm)),
+                    *words,
+                ),
+                self.options,
+                self.report,
+            )
+        self.found[BASELINE]["macs"] = self.found[PRUNED]["macs_before"]
+
+    def measure(self) -> None:
+        """Spearman, drift and latency of every form."""
+        from edgepress.runtimes.timing import Schedule
+
+        pairs = sentence_accuracy.read_sts(places.data(places.STS_TEST))
+        feeds = sentence_accuracy.tokenize(pairs.sentences, self.model)
+        reference = None
+        for label, item in self.found.items():
+            self.report.progress(f"minilm: {label} on {len(feeds)} sentences")
+            session = item["form"].open()
+            run = lambda inputs, session=session: session.run(inputs)["last_hidden_state"]  # noqa: E731
+            embedded = sentence_accuracy.embed(run, feeds, session.input_names)
+            reference = embedded if reference is None else reference
+            item["drift"] = sentence_accuracy.compare(reference, embedded, pairs)
+        self.report.progress("minilm: timing")
+        forms = [item["form"] for item in self.found.values()]
+        inputs = token_feeds(forms[0].open().input_names, 1, 128)
+        schedule = Schedule(pairs=self.options.pairs, runs=self.options.runs, limit_s=300)
+        speeds = speed_rows(time_forms(forms, inputs, threads=1, schedule=schedule))
+        for label, item in self.found.items():
+            item["speed"] = speeds[label]
+
+    def show(self) -> None:
+        """One row a form."""
+        whole = self.found[BASELINE]
+        rows = [
+            (
+                label,
+                f"{whole['macs'] / item['macs']:.2f}x",
+                f"{item['form'].size_bytes / whole['form'].size_bytes:.1%}",
+                f"{item['drift']['spearman'] * 100:.2f}",
+                f"{(item['drift']['spearman'] - whole['drift']['spearman']) * 100:+.2f}",
+                f"{item['drift']['l2']:.3f}",
+                f"{item['drift']['neighbour']:.1%}",
+                f"{item['speed']['p50_ms']:.2f}",
+                f"{item['speed']['ratio']:.2f}x ({item['speed']['ratio_low']:.2f}-"
+                f"{item['speed']['ratio_high']:.2f})",
+                f"{item['compile_s']:.0f}",
+            )
+            for label, item in self.found.items()
+        ]
+        self.report.table(
+            "all-MiniLM-L6-v2: STS-B test sentences; 1x128 tokens, 1 thread",
+            (
+                *("form", "fewer MACs", "file", "Spearman", "points", "rel. L2", "neighbours"),
+                *("ms", "x FP32", "compile s"),
+            ),
+            rows,
+        )
+        item = self.found[PRUNED]
+        self.report.text(
+            f"claimed: at most {MINILM_LOST * 100:.1f} points lost at {MINILM_SPEED}x the speed; here "
+            f"{(whole['drift']['spearman'] - item['drift']['spearman']) * 100:.2f} at "
+            f"{item['speed']['ratio']:.2f}x"
+        )
+
+
+def without_forms(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures as JSON can hold them."""
+    return {
+        label: {key: value for key, value in item.items() if key != "form"} for label, item in found.items()
+    }
+
+
+def main() -> int:
+    """Every model and every form of it."""
+    options = options_of_script().parse_args()
+    report = Report("pruning", options)
+    for name in options.models:
+        run = MiniLMRun(options, report) if name == "minilm" else ResNetRun(name, options, report)
+        run.compile()
+        if isinstance(run, ResNetRun) and "peers" not in options.without:
+            run.peer()
+        run.measure()
+        run.show()
+        report.add(name, without_forms(run.found))
+    report.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

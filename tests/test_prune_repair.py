@@ -1,0 +1,174 @@
+"""Ranking and repair of cut models on data, against fits made here by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from driver_case import cnn, images, mlp, vectors
+from edgepress.calibration.data import open_data
+from edgepress.compress.prune.prune import group_names, open_pruner, pinned_pruner
+from edgepress.compress.prune.readers import layer_of
+from edgepress.graph.edit import Editor
+from edgepress.graph.errors import RecipeError
+from edgepress.graph.load import load_model
+from edgepress.graph.shapes import InferShapes
+from edgepress.runtimes.ort_runtime import OrtSession
+
+SIZES = {"N": 1, "T": 4}
+
+
+def opened(path):
+    model = load_model(path)
+    InferShapes().run(model)
+    return model
+
+
+def data_of(model, path):
+    return open_data(path, model.inputs)
+
+
+def outputs(model, data):
+    session = OrtSession.from_model(model)
+    return np.concatenate([next(iter(session.run(feeds).values())).reshape(1, -1) for feeds in data])
+
+
+@pytest.fixture
+def redundant(tmp_path):
+    """An MLP whose first hidden layer has each neuron twice, and data for it."""
+    import onnx
+    from onnx import numpy_helper
+
+    path = mlp(tmp_path / "m.onnx", width=32)
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("layer0.weight", "layer0.bias"):
+            array = numpy_helper.to_array(tensor).copy()
+            array[..., 16:] = array[..., :16]
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(proto, path)
+    model = opened(path)
+    return model, data_of(model, vectors(tmp_path / "d.npz", width=32, samples=40))
+
+
+def test_neurons_that_others_replace_go_without_a_loss(redundant):
+    model, data = redundant
+    pruner = open_pruner(model, data, SIZES)
+    place = [group.name for group in pruner.groups].index("layer0.weight")
+    curve = pruner.curves[place]
+    assert curve.errors[16] < 1e-3
+    assert curve.errors[8] > 1e-2
+    gone = {pruner.groups[place].units.index(unit) % 16 for unit in curve.removed(16)}
+    assert len(gone) == 16
+    widths = pruner.units
+    widths[place] = 16
+    repaired, report = pruner.repaired(widths, data)
+    cut = outputs(pruner.cut(widths), data)
+    reference, mended = outputs(model, data), outputs(repaired, data)
+    assert np.linalg.norm(mended - reference) < 0.02 * np.linalg.norm(cut - reference)
+    assert report.output_error < 1e-3
+    assert report.groups[place].left == 16
+    assert report.macs_after < report.macs_before
+
+
+def test_repair_lowers_the_error_of_a_convolutional_net(tmp_path):
+    model = opened(cnn(tmp_path / "c.onnx"))
+    data = data_of(model, images(tmp_path / "d.npz"))
+    pruner = open_pruner(model, data, {"N": 1}, include=lambda _group: True)
+    widths = [max(count // 2, 1) for count in pruner.units]
+    repaired, report = pruner.repaired(widths, data)
+    reference = outputs(model, data)
+    errors = [np.linalg.norm(outputs(item, data) - reference) for item in (pruner.cut(widths), repaired)]
+    assert errors[1] < 0.5 * errors[0]
+    assert all(item.after <= item.before for item in report.repaired)
+    assert [item.node for item in report.repaired] == ["second", "head"]
+
+
+def test_two_runs_give_the_same_bytes(tmp_path):
+    model = opened(mlp(tmp_path / "m.onnx"))
+    data = data_of(model, vectors(tmp_path / "d.npz"))
+    made = []
+    for _ in range(2):
+        pruner = open_pruner(model, data, SIZES, alignment=8)
+        widths = pruner.widths(pruner.macs, 0.6 * pruner.macs.total([0] * len(pruner.units)))
+        made.append((widths, pruner.repaired(widths, data)[0].fingerprint()))
+    assert made[0] == made[1]
+
+
+def test_a_layer_is_fitted_to_a_sum_less_what_is_beside_it(tmp_path):
+    model = opened(cnn(tmp_path / "c.onnx"))
+    layer = layer_of(next(node for node in model.graph if node.name == "second"))
+    assert layer.total.name == "s"
+    assert layer.beside.name == "r0"
+    assert layer.rectified
+    head = layer_of(next(node for node in model.graph if node.name == "head"))
+    assert (head.total.name, head.beside) == ("logits", None)
+
+
+def test_rows_of_a_layer_put_back_give_the_same_layer(tmp_path):
+    for path in (mlp(tmp_path / "m.onnx"), cnn(tmp_path / "c.onnx")):
+        model = opened(path)
+        before = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+        editor = Editor(model)
+        for node in list(model.graph):
+            layer = layer_of(node)
+            if layer is not None:
+                layer.put(layer.rows(), editor)
+                again = layer_of(node)
+                np.testing.assert_allclose(again.rows(), layer.rows(), rtol=1e-6)
+        after = [value.const_value.numpy() for value in model.graph.initializers.values()]
+        for array in before.values():
+            assert any(array.shape == other.shape and np.allclose(array, other) for other in after)
+
+
+def test_a_pinned_cut_is_the_same_cut(tmp_path):
+    model = opened(mlp(tmp_path / "m.onnx"))
+    data = data_of(model, vectors(tmp_path / "d.npz"))
+    pruner = open_pruner(model, data, SIZES)
+    widths = [count // 2 for count in pruner.units]
+    again, same = pinned_pruner(model, pruner.chosen(widths), SIZES, importance="obs")
+    first = pruner.repaired(widths, data)[0]
+    assert again.repaired(same, data)[0].fingerprint() == first.fingerprint()
+
+
+def test_a_pinned_cut_of_another_model_is_refused(tmp_path):
+    model = opened(mlp(tmp_path / "m.onnx"))
+    with pytest.raises(RecipeError, match="do not fit this model"):
+        pinned_pruner(model, {"nothing": (1,)}, SIZES, importance="obs")
+    with pytest.raises(RecipeError, match="do not fit this model"):
+        pinned_pruner(model, {"layer0.weight": (64,)}, SIZES, importance="obs")
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "activation", "batchnorm"])
+def test_other_rankings_cut_and_repair_too(tmp_path, importance):
+    model = opened(cnn(tmp_path / "c.onnx", batch_norm=True))
+    data = data_of(model, images(tmp_path / "d.npz"))
+    pruner = open_pruner(model, data, {"N": 1}, importance=importance, include=lambda _group: True)
+    widths = [max(count // 2, 1) for count in pruner.units]
+    repaired, _ = pruner.repaired(widths, data)
+    reference = outputs(model, data)
+    errors = [np.linalg.norm(outputs(item, data) - reference) for item in (pruner.cut(widths), repaired)]
+    assert errors[1] < errors[0]
+
+
+def test_without_data_the_weights_rank_and_stay(tmp_path):
+    model = opened(mlp(tmp_path / "m.onnx"))
+    pruner = open_pruner(model, None, SIZES)
+    assert pruner.importance == "magnitude"
+    widths = [count - 1 for count in pruner.units]
+    repaired, report = pruner.repaired(widths, None)
+    assert report.repaired == ()
+    assert report.output_error is None
+    assert repaired.fingerprint() == pruner.cut(widths).fingerprint()
+    weight = model.graph.initializers["layer0.weight"].const_value.numpy()
+    reader = model.graph.initializers["layer1.weight"].const_value.numpy()
+    energy = (weight**2).sum(0) / (weight**2).sum() + (reader**2).sum(1) / (reader**2).sum()
+    first = pruner.curves[0]
+    assert first.group.units.index(first.order[0]) == int(np.argmin(energy))
+
+
+def test_groups_of_one_name_are_numbered():
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+    assert group_names([Named("a"), Named("b"), Named("a")]) == ["a", "b", "a#2"]
