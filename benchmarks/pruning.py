@@ -16,31 +16,33 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from edgepress.benchmarks import cnn_int8, peer_environments, places, sentence_accuracy
-from edgepress.benchmarks.compiling import compile_bundle
+from edgepress.benchmarks import cnn_int8, peer_environments, places
+from edgepress.benchmarks.pruned_forms import (
+    BASELINE,
+    PRUNED,
+    ROWS,
+    SKIPPED,
+    THOROUGH,
+    compiled,
+    parameters,
+    variants,
+    without_forms,
+)
+from edgepress.benchmarks.pruning_minilm import MiniLMRun
 from edgepress.benchmarks.report import Report, parser
-from edgepress.benchmarks.sessions import Form, speed_rows, time_forms, token_feeds
+from edgepress.benchmarks.sessions import Form, speed_rows, time_forms
 from edgepress.graph.errors import RuntimeUnavailable
 
 Array = npt.NDArray[Any]
-BASELINE, PRUNED, THOROUGH, BOTH = (
-    "FP32",
-    "edgepress pruned",
-    "edgepress pruned, thorough",
-    "edgepress pruned, INT8",
-)
 _TRAIN, _TEST = (
     f"cifar10-jpeg/cifar10_{part}_jpegdecoded_{count}.npz"
     for part, count in (("train", 20000), ("test", 10000))
 )
-_HELD_OUT, _HELD_OUT_SENTENCES = 500, 200
-_HELD_OUT_TEXT = "calib-text/calib_sentences_wikitext2_test.txt"
+_HELD_OUT = 500
 _PEER = peer_environments.Peer(
     name="torch-pruning",
     program="torch_pruning_resnet.py",
@@ -81,8 +83,6 @@ CASES = {
         most_lost=0.02,
     ),
 }
-MINILM_SPEED, MINILM_LOST = 1.5, 0.02
-ROWS = ("thorough", "int8", "peers")
 
 
 def options_of_script() -> argparse.ArgumentParser:
@@ -119,49 +119,6 @@ def options_of_script() -> argparse.ArgumentParser:
     return made
 
 
-def variants(options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    """Name of a form -> words for the command line."""
-    found: dict[str, tuple[str, ...]] = {PRUNED: ("--precision", "fp32")}
-    if "thorough" not in options.without:
-        found[THOROUGH] = ("--precision", "fp32", "--prune-repair", "thorough")
-    if "int8" not in options.without:
-        found[BOTH] = ("--precision", "int8")
-    return found
-
-
-def compiled(
-    label: str, model: Path, bundle: Path, words: Sequence[str], options: argparse.Namespace, report: Report
-) -> dict[str, Any]:
-    """Compile for this machine; the form, what was cut, and how long it took."""
-    report.progress(f"{bundle.name}: compiling")
-    started = time.monotonic()
-    document = compile_bundle(
-        model, bundle, "host", *words, "--threads", str(options.compile_threads), "--skip", "benchmark,golden"
-    )
-    took_s = time.monotonic() - started
-    form = Form.of_bundle(label, bundle)
-    plan = json.loads((bundle / "plan.json").read_text(encoding="utf-8"))
-    pruning = plan.get("pruning") or {}
-    return {
-        "form": form,
-        "macs": pruning.get("macs_after"),
-        "macs_before": pruning.get("macs_before"),
-        "parameters": parameters(form.file),
-        "widths": {group["name"]: [group["units"], group["left"]] for group in pruning.get("groups", ())},
-        "output_error": pruning.get("output_error"),
-        "notes": document.get("notes"),
-        "compile_s": took_s,
-    }
-
-
-def parameters(file: Path) -> int:
-    """Elements of all tensors that a file holds."""
-    import onnx
-
-    graph = onnx.load(str(file), load_external_data=False).graph
-    return sum(int(np.prod(item.dims)) for item in graph.initializer)
-
-
 def images_of(name: str, first: int, count: int, seed: int) -> tuple[Array, npt.NDArray[np.int64]]:
     """Normalised images of a shuffled file, shape (count, 3, 32, 32), and their classes, shape (count,)."""
     with np.load(places.data(name)) as stored:
@@ -187,24 +144,25 @@ class ResNetRun:
 
     def compile(self) -> None:
         """Every form that edgepress makes; the images have no labels, those for its own drift are others."""
-        workdir: Path = self.options.workdir
+        workdir = self.options.workdir
         workdir.mkdir(parents=True, exist_ok=True)
         calibration, held_out = (workdir / f"{self.name}-prune-{part}.npz" for part in ("calib", "eval"))
         (name,) = self.baseline.open().input_names
         others = images_of(_TRAIN, self.options.calibration, _HELD_OUT, self.options.seed)[0]
         for path, images in ((calibration, self.training[0]), (held_out, others)):
             np.savez(path, allow_pickle=False, **{name: images})
+        given = (
+            *("--calib", str(calibration), "--samples", str(self.options.calibration)),
+            *("--eval", str(held_out), "--prune", f"{1 - 1 / self.case.ratio:.6f}", "--skip", SKIPPED),
+        )
         for label, words in variants(self.options).items():
             self.found[label] = compiled(
                 label,
                 self.baseline.file,
-                workdir / f"{self.name}-{label.split(' ', 1)[1].replace(', ', '-')}",
-                (
-                    *("--calib", str(calibration), "--samples", str(self.options.calibration)),
-                    *("--eval", str(held_out), "--prune", f"{1 - 1 / self.case.ratio:.6f}", *words),
-                ),
-                self.options,
-                self.report,
+                workdir / f"{self.name}-{label.replace(', ', '-').replace(' ', '-')}",
+                words=(*given, *words),
+                threads=self.options.compile_threads,
+                report=self.report,
             )
         self.found[BASELINE]["macs"] = self.found[PRUNED]["macs_before"]
 
@@ -302,109 +260,6 @@ class ResNetRun:
             f"claimed: at most {self.case.most_lost * 100:.1f} points lost at {self.case.ratio}x; "
             f"here {lost * 100:.2f} at {self.found[BASELINE]['macs'] / shown['macs']:.2f}x"
         )
-
-
-class MiniLMRun:
-    """all-MiniLM-L6-v2: the float bundle, pruned, and pruned in INT8."""
-
-    def __init__(self, options: argparse.Namespace, report: Report) -> None:
-        self.options, self.report = options, report
-        self.model = places.minilm(options.model)
-        self.found: dict[str, dict[str, Any]] = {}
-
-    def compile(self) -> None:
-        """The float form unpruned, and what pruning makes of it; sentences for its own drift are others."""
-        workdir: Path = self.options.workdir
-        workdir.mkdir(parents=True, exist_ok=True)
-        held_out = workdir / "minilm-prune-eval.txt"
-        lines = places.data(_HELD_OUT_TEXT).read_text(encoding="utf-8").splitlines()
-        held_out.write_text("\n".join(lines[:_HELD_OUT_SENTENCES]) + "\n", encoding="utf-8")
-        self.found[BASELINE] = compiled(
-            BASELINE,
-            self.model,
-            workdir / "minilm-unpruned",
-            ("--precision", "fp32", "--skip", "drift,benchmark,golden"),
-            self.options,
-            self.report,
-        )
-        for label, words in variants(self.options).items():
-            data = ("--calib", str(places.data(places.CALIBRATION_TEXT)), "--eval", str(held_out))
-            self.found[label] = compiled(
-                label,
-                self.model,
-                workdir / f"minilm-{label.split(' ', 1)[1].replace(', ', '-')}",
-                (
-                    *data,
-                    *("--samples", str(self.options.sentences), "--prune", str(self.options.prune_minilm)),
-                    *words,
-                ),
-                self.options,
-                self.report,
-            )
-        self.found[BASELINE]["macs"] = self.found[PRUNED]["macs_before"]
-
-    def measure(self) -> None:
-        """Spearman, drift and latency of every form."""
-        from edgepress.runtimes.timing import Schedule
-
-        pairs = sentence_accuracy.read_sts(places.data(places.STS_TEST))
-        feeds = sentence_accuracy.tokenize(pairs.sentences, self.model)
-        reference = None
-        for label, item in self.found.items():
-            self.report.progress(f"minilm: {label} on {len(feeds)} sentences")
-            session = item["form"].open()
-            run = lambda inputs, session=session: session.run(inputs)["last_hidden_state"]  # noqa: E731
-            embedded = sentence_accuracy.embed(run, feeds, session.input_names)
-            reference = embedded if reference is None else reference
-            item["drift"] = sentence_accuracy.compare(reference, embedded, pairs)
-        self.report.progress("minilm: timing")
-        forms = [item["form"] for item in self.found.values()]
-        inputs = token_feeds(forms[0].open().input_names, 1, 128)
-        schedule = Schedule(pairs=self.options.pairs, runs=self.options.runs, limit_s=300)
-        speeds = speed_rows(time_forms(forms, inputs, threads=1, schedule=schedule))
-        for label, item in self.found.items():
-            item["speed"] = speeds[label]
-
-    def show(self) -> None:
-        """One row a form."""
-        whole = self.found[BASELINE]
-        rows = [
-            (
-                label,
-                f"{whole['macs'] / item['macs']:.2f}x",
-                f"{item['form'].size_bytes / whole['form'].size_bytes:.1%}",
-                f"{item['drift']['spearman'] * 100:.2f}",
-                f"{(item['drift']['spearman'] - whole['drift']['spearman']) * 100:+.2f}",
-                f"{item['drift']['l2']:.3f}",
-                f"{item['drift']['neighbour']:.1%}",
-                f"{item['speed']['p50_ms']:.2f}",
-                f"{item['speed']['ratio']:.2f}x ({item['speed']['ratio_low']:.2f}-"
-                f"{item['speed']['ratio_high']:.2f})",
-                f"{item['compile_s']:.0f}",
-            )
-            for label, item in self.found.items()
-        ]
-        self.report.table(
-            "all-MiniLM-L6-v2: STS-B test sentences; 1x128 tokens, 1 thread",
-            (
-                *("form", "fewer MACs", "file", "Spearman", "points", "rel. L2", "neighbours"),
-                *("ms", "x FP32", "compile s"),
-            ),
-            rows,
-        )
-        item = self.found[PRUNED]
-        self.report.text(
-            f"claimed: at most {MINILM_LOST * 100:.1f} points lost at {MINILM_SPEED}x the speed; here "
-            f"{(whole['drift']['spearman'] - item['drift']['spearman']) * 100:.2f} at "
-            f"{item['speed']['ratio']:.2f}x"
-        )
-
-
-def without_forms(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The figures as JSON can hold them."""
-    return {
-        label: {key: value for key, value in item.items() if key != "form"} for label, item in found.items()
-    }
 
 
 def main() -> int:

@@ -35,6 +35,7 @@ class Block(nn.Module):  # type: ignore[misc]
         self.stride, self.more = stride, outputs - inputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (images, channels, height, width) to the same, or to half the height and width."""
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
         if self.more:
             x = x[:, :, :: self.stride, :: self.stride]
@@ -56,6 +57,7 @@ class ResNet(nn.Module):  # type: ignore[misc]
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images, shape (images, 3, 32, 32), to scores, shape (images, 10)."""
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean(dim=(2, 3)))
