@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..compress.presets import PRESETS, preset_line
-from ..compress.prune.report import Importance
+from ..compress.prune.report import Importance, Repair
 from ..compress.recipe import CalibMethod, GoldenSource, IoDtype, Precision, Quantization, choices
 
 OptionKind = Literal["value", "integer", "flag", "append", "optional-list"]
@@ -248,6 +248,13 @@ COMPILE = Command(
             choices=choices(Importance),
             help="how units are ranked: obs (default: what is lost after the others took over), activation, "
             "magnitude or batchnorm",
+        ),
+        Option(
+            flags=("--prune-repair",),
+            choices=choices(Repair),
+            help="how what reads the cut parts is fitted: least-squares (default: each layer by itself, in "
+            "closed form), or thorough (then by gradients, together with the layer before it, wherever "
+            "held-out samples agree: the repair takes several times as long and loses less accuracy)",
         ),
         Option(
             flags=MAX_DRIFT.flags,

@@ -30,7 +30,7 @@ from .commands import COMMANDS, EXIT_CODES, Argument, Command, Option
 _PLAIN_RECIPE_OPTIONS = (
     *("target", "precision", "io_dtype", "quantization", "calib_method", "threads", "samples", "seed"),
     *("golden", "data_free", "trust_code", "eval_samples", "ranking_samples", "measure_seconds"),
-    *("allow_unmeasured", "prune_importance"),
+    *("allow_unmeasured", "prune_importance", "prune_repair"),
 )
 _SIZES = re.compile(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", re.IGNORECASE)
 

@@ -9,11 +9,13 @@ from ..compress.operands import COMPUTE_OPS, RECURRENT_OPS
 from ..compress.plan import Decision, Plan
 from ..graph.passes import Refusal
 from .output import Block, Table, format_percent
+from .pruning_tables import pruning_blocks
 
 
 def plan_blocks(plan: Plan, *, every_node: bool) -> list[Block]:
     """The plan for people: totals, then nodes (each, or those alike together), then refusals."""
-    blocks: list[Block] = [plan_headline(plan)]
+    blocks: list[Block] = [] if plan.pruning is None else pruning_blocks(plan.pruning)
+    blocks.append(plan_headline(plan))
     blocks.append(_node_table(plan.decisions) if every_node else _grouped_table(plan.decisions))
     remedies = _remedies(plan.decisions)
     if remedies:
@@ -52,6 +54,7 @@ def plan_summary(plan: Plan) -> dict[str, object]:
     return {
         "forms": dict(sorted(Counter(item.form for item in plan.decisions).items())),
         "integer_share_fraction": plan.integer_share(),
+        "macs_ratio": None if plan.pruning is None else plan.pruning.macs_ratio,
         "nodes": [
             {"nodes": count, "op": op, "form": form, "reason": reason}
             for (op, form, reason), count in _alike(plan.decisions)

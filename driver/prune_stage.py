@@ -74,6 +74,7 @@ class PruneStages(LimitStages):
         self.cuts, self.widths = {}, []
         self._width_times: WidthTimes | None = None
         self._attempts = 0
+        self._whole_ms = 0.0
 
     @property
     def prunes(self) -> bool:
@@ -159,6 +160,8 @@ class PruneStages(LimitStages):
                 remedy="ask for less, or combine it with another --precision",
             )
         self._attempts += 1
+        if self.timing is not None and self.timing.timings:
+            self._whole_ms = self.timing.timings[0].p50_ms
         self.reporter.note(f"{missed.text}: cutting it")
         # What was measured of the model as it was is forgotten; its files stay until the end.
         self.begin()
@@ -185,8 +188,7 @@ class PruneStages(LimitStages):
 
     def baseline_ms(self) -> float:
         """Milliseconds of the model that went in, as it was just timed."""
-        assert self.timing is not None
-        return self.timing.timings[0].p50_ms
+        return self._whole_ms
 
     def _sizes(self) -> dict[str, int]:
         encoder = self.source.encoder
@@ -286,12 +288,16 @@ class PruneStages(LimitStages):
         self._check_cut(pruner)
         with self.reporter.stage("repairing layers", pruner.touched(self.widths)) as stage:
             self.model, self.pruning = pruner.repaired(
-                self.widths, data, threads=self.recipe.threads, told=absolute_progress(stage)
+                self.widths,
+                data,
+                thorough=self.recipe.prune_repair == "thorough",
+                threads=self.recipe.threads,
+                told=absolute_progress(stage),
             )
         self.cuts = pruner.chosen(self.widths)
         self.reference = OrtSession.from_model(self.model, SessionOptions(threads=self.recipe.threads))
         self.expected = [self.reference.run(feeds) for feeds in self.samples]
-        gone = self.pruning.macs_before / max(self.pruning.macs_after, 1.0)
+        gone = self.pruning.macs_before / max(self.pruning.macs_after, 1)
         self.notes.append(
             f"pruned: {gone:.2f}x fewer multiply-accumulates, "
             f"{self.pruning.weight_bytes_after / self.pruning.weight_bytes_before:.0%} of the weights' bytes"

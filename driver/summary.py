@@ -8,6 +8,7 @@ from .drift_tables import format_metric, measured_on
 from .output import Block, Table, format_bytes, format_ms, format_percent
 from .pareto import pareto_blocks
 from .plan_tables import plan_blocks, plan_headline, plan_summary
+from .pruning_tables import pruning_rows
 from .result import CompileResult
 from .timing_tables import format_ratio, measured_how
 
@@ -46,7 +47,8 @@ def speed_word(result: CompileResult) -> str | None:
 
 def summary_blocks(result: CompileResult) -> list[Block]:
     """The closing table of a compile, with how it was measured and what to type next."""
-    rows = [_size_row(result), *_timing_rows(result), *_drift_rows(result)]
+    pruned = pruning_rows(result.plan.pruning)
+    rows = [_size_row(result), *pruned[:1], *_timing_rows(result), *_drift_rows(result), *pruned[1:]]
     blocks: list[Block] = []
     if result.bundle is not None:
         blocks.append(f"Bundle for {result.target}: {result.bundle}")

@@ -22,7 +22,7 @@ SAID_BY_ROWS = """
 model size latency median p99 load time peak memory drift cosine l2 sqnr kl flips max abs top1 limit of it to
 baseline files every digest holds later measurements golden samples equal bit by within the tolerance manifest
 none made from asked for session options versions stamps opset evidence precision task target data yes no
-difference not slower faster input output points
+difference not slower faster input output points multiply accumulates fewer cut alone
 """
 WORDS = frozenset(SAID_BY_ROWS.split())
 PHRASES = frozenset({"the runtime's defaults"})
@@ -114,6 +114,8 @@ def unsaid(answer):
         "inspect model.onnx",
         "inspect model.onnx --target raspberry-pi-5",
         "inspect model.onnx --prunable",
+        "compile model.onnx --target raspberry-pi-5 --calib calib.npz --prune 0.3 -o cut --skip benchmark",
+        "inspect cut",
         "inspect out",
         "verify out",
         "run out --inputs in.npz",

@@ -135,10 +135,10 @@ class Pruner:
         none = [0] * len(gone)
         return model, Pruning(
             importance=self.importance,
-            macs_before=self.macs.total(none),
-            macs_after=self.macs.total(gone),
-            weight_bytes_before=self.weights.total(none),
-            weight_bytes_after=self.weights.total(gone),
+            macs_before=round(self.macs.total(none)),
+            macs_after=round(self.macs.total(gone)),
+            weight_bytes_before=round(self.weights.total(none)),
+            weight_bytes_after=round(self.weights.total(gone)),
             groups=pruned_groups(self.curves, widths),
             repaired=repaired_layers(fitted),
             samples=0 if data is None else len(data),

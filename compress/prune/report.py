@@ -71,10 +71,10 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     importance: Importance
-    macs_before: float
-    macs_after: float
-    weight_bytes_before: float
-    weight_bytes_after: float
+    macs_before: int
+    macs_after: int
+    weight_bytes_before: int
+    weight_bytes_after: int
     groups: tuple[PrunedGroup, ...]
     repaired: tuple[RepairedLayer, ...] = ()
     samples: int = 0
