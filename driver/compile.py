@@ -12,9 +12,8 @@ from ..calibration.limits import own_metrics
 from ..calibration.task_metrics import require_own_metrics
 from ..compress.emulate.predict import isa_notes
 from ..compress.operands import TABLE_OPS
-from ..compress.propose import Request, is_quantized, propose
 from ..compress.recipe import INT8_PRECISIONS, Pins, Quantization, Recipe
-from ..compress.typed.request import TypedForm, check_interface, check_io_dtype, form_of
+from ..compress.typed.request import check_io_dtype, form_of
 from ..export.place import check_output
 from ..export.verify import verify_bundle
 from ..frontends.source import load_source
@@ -24,7 +23,6 @@ from ..graph.save import save_model
 from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from ..targets.registry import load_target
-from .build_stage import PINNED
 from .bundling import bundle
 from .cache import cache_folder
 from .calib_cache import CalibCache
@@ -36,10 +34,10 @@ from .measured_stage import TimedForm
 from .mixed_plan import completion_of
 from .observing import ranges_digest
 from .pareto import ParetoLog
-from .prune_stage import PruneStages
+from .plan_stage import FUSIONS, INT8, PlanStages
 from .reporter import Reporter, SilentReporter
 from .result import CompileResult, Sizes, next_commands, weakest_evidence
-from .typed_plan import lifted_for, propose_typed, storage_doubts
+from .typed_plan import storage_doubts
 from .workspace import workspace
 
 if TYPE_CHECKING:
@@ -54,8 +52,6 @@ if TYPE_CHECKING:
     from ..targets.profile import Evidence
 
 _FLOAT_PRECISIONS = ("fp16", "bf16", "bf16-compute", "fp32")
-INT8, FUSIONS = "int8", "fusions"
-"""What a slower form is rolled back to lose, as pins name it."""
 
 
 def compile_model(
@@ -121,10 +117,9 @@ def compile_model(
         return work.result(place, str(model))
 
 
-class _Compile(PruneStages):
+class _Compile(PlanStages):
     """The state of one compile; each method is a stage that needs the ones before it."""
 
-    typed: TypedForm | None
     baseline_file: Path
 
     def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
@@ -195,9 +190,9 @@ class _Compile(PruneStages):
         if self.cache is not None:
             doubt = self.cache.check(self.source.model, self.sets.calibrate, self.recipe.calib_method)
             if doubt is not None:
-                self._warn(doubt)
+                self.warn(doubt)
             if self.sets.evaluate is None and "drift" not in self.recipe.skip:
-                self._warn("drift is not measured, and no limit is held: there is no data (add --eval DATA)")
+                self.warn("drift is not measured, and no limit is held: there is no data (add --eval DATA)")
         self.check_pruning()
 
     def make(self) -> None:
@@ -250,76 +245,6 @@ class _Compile(PruneStages):
         """Whether the recipe pins that even the float form was slower, so that nothing is changed."""
         return self.recipe.pins is not None and FUSIONS in self.recipe.pins.rolled_back
 
-    def plan(self) -> None:
-        """Decide node by node; with pins, as they say."""
-        recipe, pins = self.recipe, self.recipe.pins
-        quantization = (pins.quantization if pins else None) or recipe.quantization
-        request = Request(
-            quantization=quantization,
-            keep_float=recipe.keep_float,
-            calibrated=self.sets.calibrated,
-            shapes=recipe.shapes,
-            allow_unmeasured=recipe.allow_unmeasured,
-        )
-        if self.typed is None:
-            settled = request if is_quantized(self.source.model) else self.settle_forms(request)
-            plan = propose(self.prepared, self.profile, settled)
-        else:
-            self.prepared, records = lifted_for(self.prepared, self.profile, self.typed)
-            self.records += records
-            plan, notes = propose_typed(
-                self.prepared,
-                self.profile,
-                self.typed,
-                recipe,
-                data=self.sets.calibrate,
-                reporter=self.reporter,
-            )
-            self.notes += notes
-        everything = frozenset(plan.groups)
-        if recipe.precision == "fp32":
-            plan = plan.revert(everything, "--precision fp32")
-        elif is_quantized(self.source.model):
-            self._refuse_or_note("the model is quantized already; its operators are left as they are")
-            plan = plan.revert(everything, "the model is quantized already")
-            notes = isa_notes(self.source.model, plan, self.profile)
-            plan = msgspec.structs.replace(plan, notes=(*plan.notes, *notes))
-        elif not everything:
-            reasons = sorted({item.reason for item in plan.decisions})
-            what = "run in INT8" if self.typed is None else f"take the form {self.typed}"
-            self._refuse_or_note(f"nothing can {what} on {self.profile.name}: {'; '.join(reasons[:3])}")
-        if pins is not None:
-            if not self.may_time:
-                plan = plan.revert(frozenset(pins.reverted), PINNED)
-            if pins.data_sha256 is not None and pins.data_sha256 != self._data_digest():
-                self._warn("the recipe's choices were pinned on other calibration data")
-            if INT8 in pins.rolled_back or FUSIONS in pins.rolled_back:
-                plan = plan.revert(frozenset(plan.groups), "rolled back: slower, pinned by the recipe")
-            self.reverted, self.rolled_back = pins.reverted, pins.rolled_back
-        refusals = tuple(refusal for record in self.records for refusal in record.refused)
-        seen = (*self.samples, *self.expected)
-        io_dtype, note = check_interface(self.source.model, recipe.io_dtype, seen)
-        self.notes += [note] if note else []
-        self.current_plan = msgspec.structs.replace(
-            plan,
-            io_dtype=io_dtype,
-            pruning=self.pruning,
-            notes=(*plan.notes, *([note] if note else [])),
-            passes=tuple(self.records),
-            refusals=refusals,
-        )
-        if self.completion is not None and not self.may_time:  # else when INT8 holds the limits
-            self.current_plan, notes = self.completion.plan(self.prepared, self.current_plan)
-            self.notes += [self.completion.described(self.current_plan), *notes]
-
-    def _refuse_or_note(self, text: str) -> None:
-        if self.recipe.precision in INT8_PRECISIONS:
-            raise NotSupported(
-                text, where=self.source.model.origin.name, remedy="use --precision auto or fp32"
-            )
-        self.notes.append(text)
-        self.reporter.warn(text)
-
     def benchmark(self) -> None:
         """Time the candidate here; on the host itself a form that does not pay is rolled back."""
         if "benchmark" in self.recipe.skip:
@@ -339,9 +264,9 @@ class _Compile(PruneStages):
             if text is None:
                 return
             if asked_by_name:
-                self._warn(f"{text}; kept because --precision {self.recipe.precision} asks for it")
+                self.warn(f"{text}; kept because --precision {self.recipe.precision} asks for it")
                 return
-            self._warn(f"{text}: rolled back to float")
+            self.warn(f"{text}: rolled back to float")
             self.rolled_back += (INT8,)
             self.completion = None
             groups = frozenset(self.candidate.plan.groups)
@@ -350,7 +275,7 @@ class _Compile(PruneStages):
             self.replace(self.lower(plan, self.folder / "float"))
         text = slowness(self.timing, "the cleaned and fused float form")
         if text is not None:
-            self._warn(f"{text}: the graph that went in is kept as it is")
+            self.warn(f"{text}: the graph that went in is kept as it is")
             self.rolled_back += (FUSIONS,)
             self.completion = None
             plan = msgspec.structs.replace(self.candidate.plan, passes=())
@@ -372,7 +297,7 @@ class _Compile(PruneStages):
         notes = isa_notes(model, plan, self.profile)
         self.notes += notes
         for doubt in storage_doubts(self.candidate, self.profile):
-            self._warn(doubt)
+            self.warn(doubt)
         self.keep_in_plan(*notes)
 
     def keep_in_plan(self, *notes: str) -> None:
@@ -382,16 +307,10 @@ class _Compile(PruneStages):
         plan = msgspec.structs.replace(plan, notes=every)
         self.candidate = dataclasses.replace(self.candidate, plan=plan)
 
-    def _data_digest(self) -> str | None:
-        return self.sets.calibration_digest
-
-    def _warn(self, text: str) -> None:
-        self.notes.append(text)
-        self.reporter.warn(text)
-
     def warn(self, text: str) -> None:
         """Tell it and keep it."""
-        self._warn(text)
+        self.notes.append(text)
+        self.reporter.warn(text)
 
     def time(self, rivals: Sequence[TimedForm] = (), rounds: int | None = None) -> BenchmarkResult:
         """Time the candidate here, beside the model that went in and rivals."""
@@ -431,7 +350,7 @@ class _Compile(PruneStages):
         earlier = self.recipe.pins
         pins = Pins(
             model_sha256=self.source.model.fingerprint(),
-            data_sha256=self._data_digest(),
+            data_sha256=self.sets.calibration_digest,
             precision=(self.recipe.precision if self.typed else "int8") if plan.groups else "fp32",
             quantization=quantization,
             calib_method=self.recipe.calib_method if self.ranges else None,
