@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgepress.driver.commands import COMMANDS, EXIT_CODES, Command, Option
+from edgepress.driver.command_parts import EXIT_CODES, Command, Option
+from edgepress.driver.commands import COMMANDS
 
 HEADER = """\
 # Commands

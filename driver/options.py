@@ -24,7 +24,8 @@ from ..compress.recipe import (
     read_recipe,
 )
 from ..graph.errors import RecipeError
-from .commands import COMMANDS, EXIT_CODES, Argument, Command, Option
+from .command_parts import EXIT_CODES, Argument, Command, Option
+from .commands import COMMANDS
 
 # Options that set the recipe field of the same name without any conversion.
 _PLAIN_RECIPE_OPTIONS = (

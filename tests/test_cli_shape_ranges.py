@@ -10,7 +10,7 @@ from edgepress.calibration.data import open_data
 from edgepress.compress.presets import PRESETS, preset_line
 from edgepress.compress.recipe import Recipe, ShapeRange, parse_recipe, read_recipe, to_toml, write_recipe
 from edgepress.driver.cli import main
-from edgepress.driver.commands import COMPILE
+from edgepress.driver.compile_options import COMPILE
 from edgepress.driver.input_shapes import check_shapes, extreme_shapes, input_shapes, shape_ranges
 from edgepress.driver.options import parse_arguments, parse_shape, recipe_from
 from edgepress.export.verify import verify_bundle
