@@ -172,3 +172,42 @@ def test_groups_of_one_name_are_numbered():
             self.name = name
 
     assert group_names([Named("a"), Named("b"), Named("a")]) == ["a", "b", "a#2"]
+
+
+def test_groups_that_cannot_be_fitted_are_measured_in_the_same_unit(tmp_path):
+    import onnx
+
+    random = np.random.default_rng(0)
+    graph = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["" : 20]>
+        agraph (float[N, 3, 8, 8] x) => (float[N, 2, 8, 8] y) {
+            a = Conv <pads = [1, 1, 1, 1]> (x, first)
+            b = Relu (a)
+            c = ConvTranspose <pads = [1, 1, 1, 1]> (b, second)
+            d = Relu (c)
+            y = Conv <pads = [1, 1, 1, 1]> (d, third)
+        }
+        """
+    )
+    shapes = {"first": (8, 3, 3, 3), "second": (8, 12, 3, 3), "third": (2, 12, 3, 3)}
+    for name, shape in shapes.items():
+        array = (random.standard_normal(shape) * 0.2).astype(np.float32)
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    for place, node in enumerate(graph.graph.node):
+        node.name = f"n{place}"
+    onnx.save(graph, tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=random.standard_normal((20, 3, 8, 8)).astype(np.float32))
+    model = opened(tmp_path / "m.onnx")
+    data = data_of(model, str(tmp_path / "d.npz"))
+    pruner = open_pruner(model, data, {"N": 1})
+    assert [(curve.group.name, curve.fitted) for curve in pruner.curves] == [("first", False), ("second", True)]
+    assert all(curve.effects for curve in pruner.curves)
+    reference = outputs(model, data)
+    spread = float(np.square(reference - reference.mean(axis=0)).sum())
+    for place, curve in enumerate(pruner.curves):
+        widths = pruner.units
+        widths[place] //= 2
+        found = outputs(pruner.cut(widths) if place == 0 else pruner.repaired(widths, data)[0], data)
+        error = float(np.square(found - reference).sum()) / spread
+        assert curve.effects[widths[place]] == pytest.approx(error, rel=0.2)

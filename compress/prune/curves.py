@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from .coupling import Coupling, Group
+from .cut import marked, mask
 from .elimination import Moments, removal, solve
 from .observe import Asked, Progress, moments_of, own_moments
 from .readers import Layer, layer_of, unit_rows
@@ -18,9 +19,10 @@ from .tracer import WeightUse
 
 if TYPE_CHECKING:
     from ...calibration.data import CalibrationData
+    from .effect import OutputError
 
-Effect = Callable[[Mapping[Layer, npt.NDArray[np.float64]]], float]
-"""Rows of layers as `Layer.put` takes them -> the error of the model's outputs in parts of their energy."""
+Trial = Callable[[Sequence[int]], float]
+"""Classes that go -> the error of the model's outputs in parts of their variance."""
 _MOMENT_BYTES = 256 << 20
 _FEW_UNITS = 256
 
@@ -67,7 +69,7 @@ def curves_of(
     data: CalibrationData | None,
     importance: Importance,
     *,
-    effect: Effect | None = None,
+    effect: OutputError | None = None,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> list[Curve]:
@@ -87,11 +89,15 @@ def curves_of(
     curves: dict[int, Curve] = {}
     waiting = list[int]()
     for index, group in enumerate(groups):
-        own = [layers[id(use)] for use in group.readers]
-        if data is None or importance in ("magnitude", "batchnorm") or any(layer is None for layer in own):
-            curves[index] = _by_weights(coupling, group, importance)
-        else:
+        fits = all(layers[id(use)] is not None and _is_even(coupling, use, group) for use in group.readers)
+        if data is not None and fits and importance in ("obs", "activation"):
             waiting.append(index)
+            continue
+        curves[index] = _by_weights(coupling, group, importance)
+        if effect is not None:
+            curves[index] = _with_effects(
+                curves[index], lambda gone: effect.of(mask(coupling, marked(coupling, gone)))
+            )
     if data is not None and waiting:
         parts = _parts([(index, groups[index], layers) for index in waiting])
         for number, part in enumerate(parts):
@@ -101,6 +107,13 @@ def curves_of(
             ):
                 curves[index] = curve
     return [curves[index] for index in range(len(groups))]
+
+
+def _is_even(coupling: Coupling, use: WeightUse, group: Group) -> bool:
+    """Whether every unit of a group takes equally many of the places that a layer sums over."""
+    labels = coupling.classes.of(summed_axis(use))
+    counts = np.bincount(labels, minlength=coupling.classes.count)[list(group.units)]
+    return bool((counts == counts[0]).all())
 
 
 def _nested(progress: Progress | None, number: int, parts: int) -> Progress | None:
@@ -136,7 +149,7 @@ def _by_moments(
     data: CalibrationData,
     importance: Importance,
     *,
-    effect: Effect | None,
+    effect: OutputError | None,
     threads: int,
     progress: Progress | None,
 ) -> list[tuple[int, Curve]]:
@@ -168,26 +181,39 @@ def _by_moments(
         else:
             curve = _by_activation(group, moments, rows)
         if effect is not None:
-            curve = _with_effects(coupling, curve, every, known, effect)
+            curve = _with_effects(curve, _refitted(coupling, group, every, known, effect))
         result.append((index, curve))
     return result
 
 
-def _with_effects(
-    coupling: Coupling, curve: Curve, layers: dict[int, Layer], known: dict[int, Moments], effect: Effect
-) -> Curve:
+def _refitted(
+    coupling: Coupling,
+    group: Group,
+    layers: dict[int, Layer],
+    known: dict[int, Moments],
+    effect: OutputError,
+) -> Trial:
+    """Tries a group without some units, its readers fitted to what is left."""
+
+    def of(gone: Sequence[int]) -> float:
+        return effect(
+            {
+                layers[id(use)]: fitted_rows(coupling, use, layers[id(use)], known[id(use)], set(gone))
+                for use in group.readers
+            }
+        )
+
+    return of
+
+
+def _with_effects(curve: Curve, trial: Trial) -> Curve:
     """The curve with what half and a quarter of the units do to the model's outputs."""
     count = len(curve.group.units)
     found = {}
     for left in sorted({max(count // 4, 1), max(count // 2, 1)}):
         if left == count:
             continue
-        gone = set(curve.removed(left))
-        changed = {
-            layers[id(use)]: fitted_rows(coupling, use, layers[id(use)], known[id(use)], gone)
-            for use in curve.group.readers
-        }
-        found[left] = effect(changed)
+        found[left] = trial(curve.removed(left))
     return dataclasses.replace(curve, effects=found)
 
 

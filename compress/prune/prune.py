@@ -199,11 +199,7 @@ def open_pruner(
     chosen = include or _is_no_stream
     groups = [group for group in coupling.prunable if chosen(group)]
     ranked: Importance = importance if data is not None or importance == "batchnorm" else "magnitude"
-    effect = (
-        None
-        if data is None or ranked not in ("obs", "activation")
-        else OutputError(model, data, threads=threads)
-    )
+    effect = None if data is None else OutputError(model, data, threads=threads)
     curves = curves_of(
         coupling,
         groups,

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ...graph.edit import Editor, constant, is_constant, only_use, operand, rank, split_constant
+from ...graph.edit import (
+    Editor,
+    constant,
+    int_attribute,
+    is_constant,
+    only_use,
+    operand,
+    rank,
+    split_constant,
+)
 from ..refine.patches import Window, as_rows, columns_of, from_rows, window_of
 from .elimination import Matrix, Rows
 from .spaces import Indices
 
 Floats = npt.NDArray[np.floating[Any]]
 _SUMS = ("Add", "Sum")
+LARGEST_INPUTS = 11_000
+"""Inputs of a layer that is still fitted: the moments of more would take a gigabyte."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,6 +143,10 @@ def layer_of(node: ir.Node) -> Layer | None:
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("Conv", "Gemm", "MatMul"):
         return None
     if not is_constant(weight) or is_constant(node.inputs[0]) or weight is None or weight.shape is None:
+        return None
+    sizes = weight.shape.numpy()
+    turned = node.op_type == "Conv" or int_attribute(node, "transB", 0)
+    if (math.prod(sizes[1:]) if turned else sizes[0]) > LARGEST_INPUTS:
         return None
     if weight.dtype != ir.DataType.FLOAT or (node.op_type != "Conv" and len(weight.shape) != 2):
         return None
