@@ -16,7 +16,7 @@ from ..graph.errors import OutputError, RecipeError
 from ..targets.profile import Form
 from .drift_limit import DriftLimit as DriftLimit  # noqa: PLC0414 - a part of the recipe's own form
 from .drift_limit import check_metrics_once
-from .prune.report import Importance
+from .prune.report import Importance, Repair
 
 SCHEMA_VERSION = 1
 
@@ -83,7 +83,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     that drift is measured on (None: all that the data holds). `ranking_samples` are those that finding
     the worst groups of nodes may cost three forwards each, when a drift limit is exceeded;
     `prune` is the part of the multiply-accumulates that is cut out, `min_speedup` and `max_size_bytes` are
-    goals for the compiled model that more is cut for; `prune_importance` says how units are ranked.
+    goals for the compiled model that more is cut for; `prune_importance` says how units are ranked,
+    `prune_repair` how layers that lost inputs are fitted.
     `benchmark_rounds` counts interleaved pairs of sessions. `fusions` switches single fusion rules on
     or off. `measure_seconds` bounds the timing of operators and switches on the host that the plan is
     made from (0: by the profile alone); `allow_unmeasured` takes lowerings that nothing is known of.
@@ -104,6 +105,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     min_speedup: float | None = None
     max_size_bytes: int | None = None
     prune_importance: Importance = "obs"
+    prune_repair: Repair = "least-squares"
     max_drift: tuple[DriftLimit, ...] = (DriftLimit(limit=0.01),)
     keep_float: tuple[str, ...] = ()
     shapes: dict[str, Shape] = {}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from ...graph.edit import Editor, producer
 from ...graph.model import Model
@@ -30,8 +28,8 @@ RECORD_BYTES = 256 << 20
 _BATCH = 16
 _EVERY = 5
 """Of so many batches one is held out of the fit."""
-_STEPS = 250
-_RATE = 2e-2
+_STEPS = 500
+_RATE = 4e-2
 _IMAGES, _ROWS = 32, 2048
 _POSITIONS = 256
 """A step looks at a window of about so many positions of each image."""
@@ -73,9 +71,10 @@ def block_of(reader: Layer) -> Block | None:
     first, second = maker.window, reader.window
     if (first is None) != (second is None):
         return None
-    if first is not None and second is not None:
-        if len(first.kernel) != len(second.kernel) or not (_fits(first) and _fits(second)):
-            return None
+    if first is not None and second is not None and len(first.kernel) != len(second.kernel):
+        return None
+    if any(window is not None and not _fits(window) for window in (first, second)):
+        return None
     return Block(maker=maker, between=found, reader=reader)
 
 
@@ -91,8 +90,8 @@ def fit_together(
     block: Block,
     asked: Asked,
     data: CalibrationData,
-    editor: Editor,
     *,
+    editor: Editor,
     threads: int = 1,
     limit_bytes: int = RECORD_BYTES,
     steps: int = _STEPS,
@@ -166,8 +165,7 @@ class _Record:
         self._parts: dict[tuple[bool, Regions], list[list[Array]]] = {}
         self._regions: list[Regions] = []
         self._sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        self._skip = 1
-        self._batches = 0
+        self._batches, self._skip, self._take = 0, 1, _BATCH
         self.pair: Pair
 
     def read(
@@ -181,26 +179,24 @@ class _Record:
         batch = data.static_batch or (
             min(_BATCH, max(len(data) // (2 * _EVERY), 1)) if data.source.uniform else 1
         )
-        self._batches = -(-len(data) // batch)
+        self._batches, self._take = -(-len(data) // batch), batch
         for number, (feeds, count) in enumerate(data.batches(batch)):
             if number % self._skip:
                 continue
             target, own = first(feeds)[asked.target], second(feeds)
             if asked.outputs is not None:
                 target = np.take(target, asked.outputs, axis=1 if self._convolves else -1)
-            added = None if beside is None else own[beside]
-            if not self._add(number // self._skip, own[inputs], added, target, batch, count):
+            arrays = [own[inputs], target, *([] if beside is None else [own[beside]])]
+            # A last batch may be filled up with copies.
+            arrays = [item[:count] if len(item) == batch else item for item in arrays]
+            if not self._add(number // self._skip, arrays):
                 return False
         return len({held_out for held_out, _ in self._parts}) == 2
 
-    def _add(
-        self, number: int, inputs: Array, beside: Array | None, target: Array, batch: int, count: int
-    ) -> bool:
+    def _add(self, number: int, arrays: list[Array]) -> bool:
+        """One batch: inputs, target and what is beside; False where it does not go with the others."""
         if self._block.reader.rectified:
-            target = np.maximum(target, 0)
-        arrays = [inputs, target] if beside is None else [inputs, target, beside]
-        if any(len(item) == batch for item in arrays) and count < batch:
-            arrays = [item[:count] if len(item) == batch else item for item in arrays]
+            arrays = [arrays[0], np.maximum(arrays[1], 0), *arrays[2:]]
         if not self._convolves:
             return self._add_rows(number, [item.reshape(-1, item.shape[-1]) for item in arrays])
         arrays = [np.moveaxis(item, 1, -1) for item in arrays]
@@ -213,9 +209,8 @@ class _Record:
         read, _ = needed(self.pair, region)
         places = [tuple(slice(item.first, item.last) for item in read)]
         places += [tuple(slice(low, high) for low, high in region)] * (len(arrays) - 1)
-        self._keep(
-            number, region, [item[(slice(None), *at)] for item, at in zip(arrays, places, strict=True)]
-        )
+        some = slice(self._take)
+        self._keep(number, region, [item[(some, *at)] for item, at in zip(arrays, places, strict=True)])
         return True
 
     def _add_rows(self, number: int, arrays: list[Array]) -> bool:
@@ -254,11 +249,14 @@ class _Record:
         def sample_bytes() -> int:
             read, _ = needed(self.pair, [(0, size) for size in extent])
             given = math.prod(item.last - item.first + item.after + item.before for item in read)
-            return 4 * (channels[0] * given + sum(channels[1:]) * math.prod(extent))
+            return int(4 * (channels[0] * given + sum(channels[1:]) * math.prod(extent)))
 
         while sample_bytes() * self._samples > self._limit and max(extent) > least:
             extent = [max(least, size * 3 // 4) if size == max(extent) else size for size in extent]
-        self._skip = max(-(-sample_bytes() * self._samples // self._limit), 1)
+        most = max(self._limit // sample_bytes(), 1)
+        # Fewer samples of each batch, then fewer batches.
+        self._take = max(min(most // self._batches, self._take), 1)
+        self._skip = max(-(-self._batches // most), 1)
         count = 1 if tuple(extent) == sizes[1] else _REGIONS
         for _ in range(count):
             starts = [

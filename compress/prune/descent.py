@@ -90,12 +90,12 @@ def slabs(region: Sequence[tuple[int, int]], window: Window, sizes: Sequence[int
     found = []
     for axis, ((low, high), size) in enumerate(zip(region, sizes, strict=True)):
         span = (window.kernel[axis] - 1) * window.dilations[axis] + 1
-        low = low * window.strides[axis] - window.pads[axis]
-        high = (high - 1) * window.strides[axis] - window.pads[axis] + span
-        first = min(max(low, 0), size)
-        last = max(min(high, size), first)
-        before = max(first - low, 0)
-        found.append(Slab(first, last, before, high - low - before - (last - first)))
+        start = low * window.strides[axis] - window.pads[axis]
+        end = (high - 1) * window.strides[axis] - window.pads[axis] + span
+        first = min(max(start, 0), size)
+        last = max(min(end, size), first)
+        before = max(first - start, 0)
+        found.append(Slab(first, last, before, end - start - before - (last - first)))
     return tuple(found)
 
 

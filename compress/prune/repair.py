@@ -82,7 +82,7 @@ def repair(
             fitted = _fit(layer, moments, editor, ridge)
             block = block_of(layer) if thorough else None
             if block is not None and fit_together(
-                original, current, block, asked, data, editor, threads=threads
+                original, current, block, asked, data, editor=editor, threads=threads
             ):
                 fitted = dataclasses.replace(fitted, together=True)
             done.append(fitted)
