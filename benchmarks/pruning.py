@@ -3,8 +3,7 @@
 ResNets: from the .onnx alone, 1,024 unlabelled training images; accuracy on the 10,000 test images, which are
 decoded from JPEG copies, so that absolute accuracies are below the published ones: compare before with after.
 Beside it Torch-Pruning on the checkpoint of the same net and the same images, without fine-tuning, in an
-environment of its own. onnxsim's pruning stands beside nothing here: it keeps none of the accuracy at this
-ratio either, and its files need their shapes cleared before anything opens them.
+environment of its own.
 
 MiniLM: from sentences of a text (Wikitext-2); Spearman on the STS-B test sentences, which pruning never saw.
 The speed counts against the same float form unpruned, at 1x128 tokens.

@@ -18,7 +18,7 @@ import torch_pruning
 from torch import nn
 
 Feeds = dict[str, npt.NDArray[Any]]
-_STEPS = 200
+_STEPS = 100
 _SCORED = 512
 _BATCH = 128
 
@@ -88,7 +88,7 @@ def macs_of(net: nn.Module) -> int:
 
 
 def pruned(net: ResNet, ratio: float, importance: Any, labelled: tuple[torch.Tensor, torch.Tensor]) -> ResNet:
-    """A copy with so many times fewer multiply-accumulates; scored anew before each of up to 200 steps."""
+    """A copy with so many times fewer multiply-accumulates; scored anew before each of up to 100 steps."""
     net = copy.deepcopy(net).eval()
     whole = macs_of(net)
     outer = [net.conv1, net.linear]
