@@ -201,7 +201,10 @@ def test_groups_that_cannot_be_fitted_are_measured_in_the_same_unit(tmp_path):
     model = opened(tmp_path / "m.onnx")
     data = data_of(model, str(tmp_path / "d.npz"))
     pruner = open_pruner(model, data, {"N": 1})
-    assert [(curve.group.name, curve.fitted) for curve in pruner.curves] == [("first", False), ("second", True)]
+    assert [(curve.group.name, curve.fitted) for curve in pruner.curves] == [
+        ("first", False),
+        ("second", True),
+    ]
     assert all(curve.effects for curve in pruner.curves)
     reference = outputs(model, data)
     spread = float(np.square(reference - reference.mean(axis=0)).sum())
@@ -211,3 +214,86 @@ def test_groups_that_cannot_be_fitted_are_measured_in_the_same_unit(tmp_path):
         found = outputs(pruner.cut(widths) if place == 0 else pruner.repaired(widths, data)[0], data)
         error = float(np.square(found - reference).sum()) / spread
         assert curve.effects[widths[place]] == pytest.approx(error, rel=0.2)
+
+
+def blocks_and(tmp_path, *, weak=1e-3):
+    """Two residual blocks, the second of which adds next to nothing but its bias; and data."""
+    import onnx
+
+    random = np.random.default_rng(1)
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        agraph (float[N, 3, 8, 8] x) => (float[N, 4] y) {
+            s = Conv <pads = [1, 1, 1, 1]> (x, stem)
+            a = Conv <pads = [1, 1, 1, 1]> (s, first)
+            b = Relu (a)
+            c = Conv <pads = [1, 1, 1, 1]> (b, second)
+            d = Add (c, s)
+            e = Conv <pads = [1, 1, 1, 1]> (d, third)
+            f = Relu (e)
+            g = Conv <pads = [1, 1, 1, 1]> (f, fourth, bias)
+            h = Add (d, g)
+            i = GlobalAveragePool (h)
+            j = Flatten (i)
+            y = MatMul (j, head)
+        }
+        """
+    graph = onnx.parser.parse_model(text)
+    shapes = {"stem": (8, 3, 3, 3), "first": (6, 8, 3, 3), "second": (8, 6, 3, 3), "third": (6, 8, 3, 3)}
+    arrays = {name: random.standard_normal(shape) * 0.2 for name, shape in shapes.items()}
+    arrays |= {"fourth": random.standard_normal((8, 6, 3, 3)) * weak, "bias": random.standard_normal(8)}
+    arrays["head"] = random.standard_normal((8, 4))
+    for name, array in arrays.items():
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    for place, node in enumerate(graph.graph.node):
+        node.name = f"n{place}"
+    onnx.checker.check_model(graph)
+    onnx.save(graph, tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=random.standard_normal((30, 3, 8, 8)).astype(np.float32))
+    model = opened(tmp_path / "m.onnx")
+    return model, data_of(model, str(tmp_path / "d.npz"))
+
+
+def test_a_branch_that_adds_nothing_goes_as_a_whole(tmp_path):
+    model, data = blocks_and(tmp_path)
+    pruner = open_pruner(model, data, {"N": 1})
+    assert [(curve.group.name, curve.may_go) for curve in pruner.curves] == [("first", True), ("third", True)]
+    none = [0] * len(pruner.units)
+    widths = pruner.widths(pruner.macs, 0.6 * pruner.macs.total(none))
+    assert widths == [6, 0]
+    masked, plain = outputs(pruner.masked(widths), data), outputs(pruner.cut(widths), data)
+    np.testing.assert_allclose(plain, masked, atol=1e-5)
+    repaired, report = pruner.repaired(widths, data)
+    assert "n6" not in {node.name for node in repaired.graph}
+    reference = outputs(model, data)
+    assert np.abs(outputs(repaired, data) - reference).max() < 0.02 * np.abs(reference).max()
+    assert [group.left for group in report.groups] == [6, 0]
+    assert report.macs_after == round(pruner.macs.total([0, 6]))
+
+
+def test_the_constant_of_a_branch_is_the_mean_of_what_it_added(tmp_path):
+    model, data = blocks_and(tmp_path, weak=0.2)
+    pruner = open_pruner(model, data, {"N": 1})
+    widths = [6, 0]
+    repaired, _ = pruner.repaired(widths, data)
+    session = OrtSession.from_model(repaired)
+    found = np.concatenate([session.run(feeds)["y"] for feeds in data])
+    np.testing.assert_allclose(found.mean(axis=0), outputs(model, data).mean(axis=0), atol=1e-4)
+
+
+def test_a_pinned_branch_goes_again(tmp_path):
+    model, data = blocks_and(tmp_path)
+    pruner = open_pruner(model, data, {"N": 1})
+    again, widths = pinned_pruner(model, pruner.chosen([6, 0]), {"N": 1}, importance="obs")
+    assert widths == [6, 0]
+    first = pruner.repaired([6, 0], data)[0]
+    assert again.repaired(widths, data)[0].fingerprint() == first.fingerprint()
+
+
+def test_a_layer_without_a_residual_sum_never_loses_all_units(tmp_path):
+    model = opened(mlp(tmp_path / "m.onnx"))
+    data = data_of(model, vectors(tmp_path / "d.npz"))
+    pruner = open_pruner(model, data, SIZES)
+    assert not any(curve.may_go for curve in pruner.curves)
+    with pytest.raises(RecipeError, match="do not fit"):
+        pinned_pruner(model, {"layer0.weight": tuple(range(64))}, SIZES, importance="obs")

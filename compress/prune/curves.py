@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .branches import closing_layer
 from .coupling import Coupling, Group
 from .cut import marked, mask
 from .elimination import Moments, removal, solve
@@ -37,6 +38,7 @@ class Curve:
         errors: error of the readers' outputs in parts of their energy, when that many units are left;
             shape (units + 1,). With `magnitude` and `batchnorm` it is the energy of what went.
         fitted: whether every reader can be fitted by least squares.
+        may_go: whether all units may go, and with them the residual branch that they make.
         effects: error of the model's outputs in parts of their energy when this group alone has so many
             units left, as far as that was measured.
     """
@@ -45,6 +47,7 @@ class Curve:
     order: tuple[int, ...]
     errors: npt.NDArray[np.float64]
     fitted: bool
+    may_go: bool = False
     effects: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def losses(self) -> npt.NDArray[np.float64]:
@@ -177,7 +180,13 @@ def _by_moments(
         if importance == "obs":
             done = removal(moments, rows, together=together)
             order = tuple(group.units[place] for place in done.order)
-            curve = Curve(group=group, order=order, errors=done.errors / len(moments), fitted=True)
+            curve = Curve(
+                group=group,
+                order=order,
+                errors=done.errors / len(moments),
+                fitted=True,
+                may_go=closing_layer(coupling, group) is not None,
+            )
         else:
             curve = _by_activation(group, moments, rows)
         if effect is not None:
@@ -207,10 +216,10 @@ def _refitted(
 
 
 def _with_effects(curve: Curve, trial: Trial) -> Curve:
-    """The curve with what half and a quarter of the units do to the model's outputs."""
+    """The curve with what half, a quarter and the fewest of the units do to the model's outputs."""
     count = len(curve.group.units)
     found = {}
-    for left in sorted({max(count // 4, 1), max(count // 2, 1)}):
+    for left in sorted({0 if curve.may_go else 1, max(count // 4, 1), max(count // 2, 1)}):
         if left == count:
             continue
         found[left] = trial(curve.removed(left))

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ...graph.errors import RecipeError
 from ...graph.model import Model
+from .branches import Branch, closing_layer, drop_branches
 from .coupling import Coupling, Group, couple
 from .curves import Curve, curves_of
 from .cut import Removed, cut, marked, mask
@@ -19,7 +20,7 @@ from .effect import OutputError
 from .elimination import RIDGE
 from .repair import Fitted, repair
 from .report import Importance, Pruning, pruned_groups, reasons_kept, repaired_layers
-from .widths import Cost, aligned_widths, choose_widths
+from .widths import Cost, choose_widths, widths_of
 from .work import Products, macs_of, weight_bytes_of
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class Pruner:
 
     def least(self, cost: Cost) -> float:
         """The least cost that any cut can reach."""
-        floor = [count - aligned_widths(count, self.alignment)[0] for count in self.units]
-        return cost.total(floor)
+        floor = [widths_of(curve, self.alignment)[0] for curve in self.curves]
+        return cost.total(self.removed(floor))
 
     def widths(self, cost: Cost, budget: float) -> list[int] | None:
         """The widths of least loss within a budget, None where it cannot be met."""
@@ -83,14 +84,31 @@ class Pruner:
 
     def cut(self, widths: Sequence[int]) -> Model:
         """The model with these widths, its weights as they were."""
-        return cut(self.coupling, marked(self.coupling, self._gone(widths)))
+        return self._cut(widths)[0]
+
+    def _cut(self, widths: Sequence[int]) -> tuple[Model, dict[str, Branch]]:
+        """The cut model, and the branches that went as a whole, by the layer that ended them."""
+        model = cut(self.coupling, self._removed(widths))
+        names = [
+            str(curve.group.readers[0].node.name)
+            for curve, left in zip(self.curves, widths, strict=True)
+            if not left
+        ]
+        return model, drop_branches(model, names)
 
     def masked(self, widths: Sequence[int]) -> Model:
         """The whole model in which the same units count for nothing: its answers are the cut's."""
-        return mask(self.coupling, marked(self.coupling, self._gone(widths)))
+        gone = [unit for curve, left in zip(self.curves, widths, strict=True) for unit in curve.removed(left)]
+        return mask(self.coupling, marked(self.coupling, gone))
 
-    def _gone(self, widths: Sequence[int]) -> list[int]:
-        return [unit for curve, left in zip(self.curves, widths, strict=True) for unit in curve.removed(left)]
+    def _removed(self, widths: Sequence[int]) -> Removed:
+        """Flags for what goes; of a branch that goes as a whole one unit is left until it is dropped."""
+        gone = [
+            unit
+            for curve, left in zip(self.curves, widths, strict=True)
+            for unit in curve.removed(max(left, 1))
+        ]
+        return marked(self.coupling, gone)
 
     def touched(self, widths: Sequence[int]) -> int:
         """How many layers a repair fits."""
@@ -116,7 +134,7 @@ class Pruner:
             threads: of the runtime.
             told: hears of progress.
         """
-        model = self.cut(widths)
+        model, dropped = self._cut(widths)
         fitted: list[Fitted] = []
         output_error = None
         if data is not None:
@@ -125,6 +143,7 @@ class Pruner:
                 model,
                 self._touched(widths),
                 data,
+                dropped=dropped,
                 ridge=ridge,
                 thorough=thorough,
                 threads=threads,
@@ -161,7 +180,7 @@ class Pruner:
         every = {use.node for curve in self.curves for use in curve.group.readers}
         first = min((place[node] for node in cut_readers), default=len(place))
         chosen = sorted((node for node in every if place[node] >= first), key=place.__getitem__)
-        removed = marked(self.coupling, self._gone(widths))
+        removed = self._removed(widths)
         return {str(node.name): self._outputs_left(node, removed) for node in chosen}
 
     def _outputs_left(self, node: ir.Node, removed: Removed) -> npt.NDArray[np.int64] | None:
@@ -245,7 +264,11 @@ def pinned_pruner(
         if name in removed or group.kind != "stream":
             stay = [place for place in range(len(group.units)) if place not in set(gone)]
             order = tuple(group.units[place] for place in (*gone, *stay))
-            curves.append(Curve(group=group, order=order, errors=np.zeros(len(order) + 1), fitted=False))
+            may_go = closing_layer(coupling, group) is not None
+            if not (stay or may_go):
+                unknown.append(name)
+            errors = np.zeros(len(order) + 1)
+            curves.append(Curve(group=group, order=order, errors=errors, fitted=False, may_go=may_go))
             widths.append(len(stay))
     if unknown:
         raise RecipeError(

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from ...graph.edit import Editor
 from ...graph.model import Model
 from .blocks import block_of, fit_together
+from .branches import Branch, put_constant
 from .elimination import RIDGE, Moments, error, solve
-from .observe import Asked, moments_of
+from .observe import Asked, batches, moments_of, part_of
 from .readers import Layer, layer_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def repair(
     nodes: Mapping[str, npt.NDArray[np.int64] | None],
     data: CalibrationData,
     *,
+    dropped: Mapping[str, Branch] | None = None,
     ridge: float = RIDGE,
     thorough: bool = False,
     threads: int = 1,
@@ -62,6 +64,7 @@ def repair(
         nodes: names of layers, in graph order, with the places of the original's outputs that they have left
             (None: all).
         data: calibration samples, without labels.
+        dropped: branches that went as a whole, by the layer that ended them: their constants are fitted.
         ridge: see `elimination.solve`.
         thorough: fit each layer further by gradients, together with the one that makes its inputs, where
             nothing else reads those; kept where samples that were held out say that it is better.
@@ -75,6 +78,10 @@ def repair(
     editor = Editor(current)
     done = []
     for number, (name, outputs) in enumerate(nodes.items()):
+        if dropped and name in dropped:
+            branch = dropped[name]
+            values = _missing_mean(original, current, branch, outputs, data, threads=threads)
+            put_constant(twins[branch.adder], branch, values, editor)
         layer = layer_of(twins[name]) if name in twins else None
         if layer is not None:
             asked = Asked(layer, str(layer.total.name), outputs)
@@ -89,6 +96,30 @@ def repair(
         if told is not None:
             told(number + 1, len(nodes))
     return done
+
+
+def _missing_mean(
+    original: Model,
+    current: Model,
+    branch: Branch,
+    outputs: npt.NDArray[np.int64] | None,
+    data: CalibrationData,
+    *,
+    threads: int,
+) -> npt.NDArray[np.float64]:
+    """The mean of what a branch should have added, channel by channel."""
+    first = part_of(original, [branch.total], threads)
+    second = part_of(current, [branch.beside], threads)
+    total, count = np.zeros(1), 0
+    for feeds, _ in batches(data, len(data)):
+        wanted = first(feeds)[branch.total]
+        if outputs is not None:
+            wanted = np.take(wanted, outputs, axis=branch.axis)
+        missing = np.moveaxis(wanted - second(feeds)[branch.beside], branch.axis, -1)
+        rows = missing.reshape(-1, missing.shape[-1])
+        total = total + rows.sum(axis=0, dtype=np.float64)
+        count += len(rows)
+    return np.asarray(total / max(count, 1))
 
 
 def _fit(layer: Layer, moments: Moments, editor: Editor, ridge: float) -> Fitted:

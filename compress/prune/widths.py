@@ -39,8 +39,13 @@ def aligned_widths(units: int, alignment: int) -> list[int]:
     return sorted({*range(step, units + 1, step), units})
 
 
+def widths_of(curve: Curve, alignment: int) -> list[int]:
+    """The widths that a group may have; none at all where the branch that it makes can go."""
+    return [0] * curve.may_go + aligned_widths(len(curve.group.units), alignment)
+
+
 def choose_widths(
-    curves: Sequence[Curve], cost: Cost, budget: float, *, alignment: int = 1, limits: Sequence[int] = ()
+    curves: Sequence[Curve], cost: Cost, budget: float, *, alignment: int = 1
 ) -> list[int] | None:
     """The widths that lose least within a budget.
 
@@ -52,16 +57,12 @@ def choose_widths(
         cost: what is bounded.
         budget: its bound, in the same unit.
         alignment: see `aligned_widths`.
-        limits: the least width of each group; 1 if not given.
 
     Returns:
         How many units each group has left; None if the budget cannot be met.
     """
     units = [len(curve.group.units) for curve in curves]
-    options = [
-        [width for width in aligned_widths(count, alignment) if width >= least]
-        for count, least in zip(units, limits or [1] * len(units), strict=True)
-    ]
+    options = [widths_of(curve, alignment) for curve in curves]
     losses = [curve.losses() for curve in curves]
     floor = [count - widths[0] for count, widths in zip(units, options, strict=True)]
     if cost.total(floor) > budget:
