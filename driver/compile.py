@@ -104,6 +104,10 @@ def compile_model(
         work.open_data(calib, eval_data, calib_cache)
         work.open_baseline(str(model))
         if dry_run:
+            if work.prunes:
+                work.notes.append(
+                    "a dry run cuts nothing: edgepress inspect --prunable MODEL lists what can be"
+                )
             work.prepare()
             work.plan()
             return work.result(None)

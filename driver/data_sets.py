@@ -109,6 +109,8 @@ def open_data_sets(
         return DataSets(
             calibrate=calibrate, evaluate=held_out, notes=(*calibrate.notes, *held_out.notes, *note)
         )
+    if "drift" in recipe.skip:  # nothing is measured on held-out data, so none is held out
+        return DataSets(calibrate=calibrate, notes=calibrate.notes)
     if len(calibrate) < 2:
         raise DataError(
             "one sample cannot serve calibration and evaluation both",

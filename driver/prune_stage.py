@@ -15,6 +15,7 @@ from ..compress.prune.prune import Pruner, open_pruner, pinned_pruner
 from ..graph.cleanup import exact_cleanup
 from ..graph.errors import CheckFailed, DriftExceeded, InternalError, NotSupported, RecipeError
 from ..graph.passes import run_passes
+from ..graph.shapes import InferShapes
 from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from .candidate import difference
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..compress.prune.report import Pruning
     from ..compress.prune.widths import Cost
     from ..graph.model import Model
+    from ..runtimes.base import Array
     from ..runtimes.timing import BenchmarkResult
     from .budget import Budget
 
@@ -75,6 +77,7 @@ class PruneStages(LimitStages):
         self._width_times: WidthTimes | None = None
         self._attempts = 0
         self._whole_ms = 0.0
+        self._answers: list[dict[str, Array]] = []
 
     @property
     def prunes(self) -> bool:
@@ -118,6 +121,7 @@ class PruneStages(LimitStages):
 
     def prune(self) -> None:
         """Cut what --prune asks for, or what the recipe pins; a goal waits until all is measured."""
+        self._answers = self.expected
         pins, recipe = self.recipe.pins, self.recipe
         if pins is not None:
             if pins.pruned:
@@ -135,6 +139,8 @@ class PruneStages(LimitStages):
     def missed(self) -> Missed | None:
         """The goal that the compiled model misses by most."""
         recipe, found = self.recipe, list[Missed]()
+        if recipe.pins is not None:
+            return None  # a replay makes what was made, whatever the clock says of it today
         if recipe.max_size_bytes is not None and self.candidate.file_bytes > recipe.max_size_bytes:
             size = self.candidate.file_bytes
             text = f"the model has {format_bytes(size)}, more than {format_bytes(recipe.max_size_bytes)}"
@@ -152,11 +158,11 @@ class PruneStages(LimitStages):
         Raises:
             CheckFailed: if it was tried often enough, or the model cannot be cut so far.
         """
-        if self._attempts >= _ATTEMPTS or self.recipe.pins is not None:
+        if self._attempts >= _ATTEMPTS:
             raise CheckFailed(
                 missed.text,
                 where=_WORD[missed.goal],
-                why=f"after {self._attempts} cuts" if self._attempts else "by the recipe's pinned choices",
+                why=f"after {self._attempts} cuts",
                 remedy="ask for less, or combine it with another --precision",
             )
         self._attempts += 1
@@ -196,8 +202,16 @@ class PruneStages(LimitStages):
         return bind_axes(self.source.model, shapes)
 
     def _cleaned(self) -> Model:
+        """The model cleaned up, which is what is traced; only its shapes inferred where that changed it."""
         model = self.source.model.fork()
         run_passes(model, exact_cleanup())
+        if difference(model, self.samples, self._answers) is None:
+            return model
+        self.warn(
+            "clean-up changed the results: what is cut is the graph as it came; please report this model"
+        )
+        model = self.source.model.fork()
+        run_passes(model, [InferShapes()])
         return model
 
     def _opened(self) -> Pruner:
@@ -255,6 +269,8 @@ class PruneStages(LimitStages):
         if widths is None and len(pruner.groups) < len(pruner.coupling.prunable):
             self._open(streams=True)
             pruner = self._opened()
+            if self.recipe.prune is not None and goal != "fraction":
+                self.widths = self._widths(pruner, pruner.macs, 1 - self.recipe.prune) or self.widths
             widths = self._widths(pruner, cost_of(pruner), part)
         if widths is None:
             cost = cost_of(pruner)

@@ -233,3 +233,40 @@ def test_a_speed_cannot_be_held_without_the_benchmark(tmp_path):
     source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz")
     with pytest.raises(RecipeError, match="without the benchmark"):
         compiled(source, tmp_path, recipe("host", min_speedup=2.0), calib=data)
+
+
+def test_a_dry_run_cuts_nothing_and_says_so(tmp_path):
+    source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz")
+    result = compile_model(
+        source, target="raspberry-pi-5", calib=data, recipe=recipe(prune=0.4), dry_run=True
+    )
+    assert result.plan.pruning is None
+    assert any("dry run cuts nothing" in note for note in result.notes)
+
+
+def test_a_replay_does_not_fail_by_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_module, "time_against_baseline", timings([1.1, 1.7, 1.2]))
+    monkeypatch.setattr("edgepress.driver.prune_stage.WidthTimes", Milliseconds)
+    source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz", samples=60)
+    asked = recipe("host", min_speedup=1.5, skip=("golden",), precision="fp32")
+    first = compiled(source, tmp_path, asked, calib=data)
+    again = compiled(source, tmp_path, first.recipe, out="again", calib=data)
+    assert (first.bundle / "model.onnx").read_bytes() == (again.bundle / "model.onnx").read_bytes()
+
+
+def test_a_clean_up_that_changes_the_answers_is_not_what_is_cut(tmp_path, monkeypatch):
+    from edgepress.driver import prune_stage
+
+    true = prune_stage.difference
+    calls = []
+
+    def doubting(model, samples, expected):
+        calls.append(model)
+        return "made up" if len(calls) == 1 else true(model, samples, expected)
+
+    monkeypatch.setattr(prune_stage, "difference", doubting)
+    heard = Heard()
+    source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz", samples=60)
+    result = compiled(source, tmp_path, recipe(prune=0.3), calib=data, reporter=heard)
+    assert any("clean-up changed the results" in text for text in heard.warnings)
+    assert result.plan.pruning.macs_after < result.plan.pruning.macs_before
