@@ -8,9 +8,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import BinaryIO
 
+from .. import runtimes
 from ..compress.plan import Plan
 from ..compress.recipe import Recipe, to_toml
 from ..graph.errors import InternalError, OutputError
@@ -25,6 +27,7 @@ from .runs import append_run
 
 __all__ = ["BundleContents", "append_run", "check_output", "write_bundle"]
 
+RUNNER_NAME = "device_runner.py"
 # Hugging Face writes where a model was loaded from into its small JSON files.
 _PATH_KEYS = frozenset({"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"})
 _LOOKS_LIKE_PATH = re.compile(r"[/~\\]|[A-Za-z]:[\\/]|\.{1,2}[\\/]")
@@ -96,6 +99,7 @@ def _small_files(contents: BundleContents) -> dict[str, Path | bytes]:
     for name, source in contents.assets.items():
         files[f"assets/{name}"] = _without_paths(source) if name.endswith(".json") else source
     files |= programs(contents.manifest)
+    files[RUNNER_NAME] = resources.files(runtimes).joinpath(RUNNER_NAME).read_bytes()
     return files
 
 

@@ -17,6 +17,7 @@ _FILES = {
     "drift.json": "how far the outputs are from the original model's",
     "golden/": "inputs with the outputs they must give, within the manifest's tolerance",
     "assets/": "tokenizer and preprocessor",
+    "device_runner.py": "checks and measures the bundle on the device, without edgepress",
     "snippets/": "short programs that run the model from Python, C++ and C#",
     "SHA256SUMS": "checks every file above: `sha256sum -c SHA256SUMS`",
     "runs/": "measurements made with this bundle; not part of it",
@@ -95,7 +96,12 @@ def _how_to_run(manifest: Manifest, names: set[str]) -> str:
         if settings.graph_optimization_level is not None:
             chosen.insert(0, f"graph optimization level `{settings.graph_optimization_level}`")
         lines += [f"Session options it was measured with: {', '.join(chosen)}.", ""]
-    lines.append("Check it: `edgepress verify PATH/OF/THIS/FOLDER`.")
+    lines += [
+        "Check it: `edgepress verify PATH/OF/THIS/FOLDER`.",
+        "",
+        "On the device (Python 3.8 or newer, numpy and the runtime; no network): `python device_runner.py`",
+        "checks the hashes, runs the golden samples, measures latency, memory, energy; `--out FILE`: JSON.",
+    ]
     return "\n".join(lines)
 
 

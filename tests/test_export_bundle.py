@@ -71,7 +71,7 @@ def test_layout_and_sums(contents, tmp_path):
     files = tree(out)
     samples = [f"golden/{kind}_{index:03}.npz" for index in range(3) for kind in ("inputs", "outputs")]
     expected = ["README.md", "SHA256SUMS", "drift.json", "manifest.json", "model.onnx", "plan.json"]
-    expected += ["recipe.toml", "runs/golden.json", *samples]
+    expected += ["recipe.toml", "device_runner.py", "runs/golden.json", *samples]
     expected += [f"snippets/{name}" for name in ("RunCSharp.cs", "run_cpp.cc", "run_python.py")]
     assert sorted(files) == sorted(expected)
     sums = "".join(
