@@ -22,6 +22,7 @@ from ..runtimes.feeds import fit_floats
 from ..runtimes.ort_runtime import OrtSession
 from ..runtimes.peak_memory import measure_peak_memory
 from ..runtimes.timing import BenchmarkResult, Candidate, Schedule, benchmark
+from .device_options import on_devices
 from .input_shapes import input_shapes
 from .opened import Opened, open_named
 from .options import shapes_from
@@ -41,6 +42,11 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         DataError: if the models do not take the same inputs.
         RecipeError: if --shape names no input of them.
     """
+    if on_devices(arguments):
+        from . import device_commands
+
+        if entries := device_commands.devices_of(arguments):
+            return device_commands.benchmark(arguments, entries, reporter)
     named = list(dict.fromkeys([*filter(None, [arguments.baseline]), *arguments.bundle_or_model]))
     threads = 1 if arguments.threads is None else arguments.threads
     opened = [open_named(name, reporter, threads=threads) for name in named]

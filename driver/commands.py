@@ -23,6 +23,7 @@ from .command_parts import (
     Option,
 )
 from .compile_options import COMPILE
+from .device_options import DEVICE_OPTIONS
 
 INSPECT = Command(
     name="inspect",
@@ -47,11 +48,12 @@ VERIFY = Command(
     summary="check a bundle's digests and golden samples",
     description=(
         "Recomputes every digest of SHA256SUMS and runs the golden samples; exit code 3 if anything "
-        "differs by more than the tolerance that the manifest states."
+        "differs by more than the tolerance that the manifest states. With --device it is copied to the "
+        "device and checked there."
     ),
     arguments=(Argument(name="BUNDLE", help="a bundle's folder"),),
-    options=COMMON,
-    examples=("edgepress verify out",),
+    options=(*DEVICE_OPTIONS, *COMMON),
+    examples=("edgepress verify out", "edgepress verify out --device ssh://pi@raspberrypi"),
 )
 
 RUN = Command(
@@ -106,10 +108,11 @@ DRIFT = Command(
 
 BENCHMARK = Command(
     name="benchmark",
-    summary="time bundles and models on this machine",
+    summary="time bundles and models on this machine, or bundles on devices",
     description=(
         "Times every candidate and the baseline in interleaved rounds with fresh sessions: p50, p90, "
-        "p99, throughput, load time and peak memory of the process itself."
+        "p99, throughput, load time and peak memory of the process itself. On devices, each bundle is "
+        "copied there once, verified, and timed on the inputs that it carries."
     ),
     arguments=(Argument(name="BUNDLE|MODEL", help="one or more bundles or models", many=True),),
     options=(
@@ -122,11 +125,14 @@ BENCHMARK = Command(
         SHAPE,
         SEED,
         ROUNDS,
+        *DEVICE_OPTIONS,
         *COMMON,
     ),
     examples=(
         "edgepress benchmark out --baseline model.onnx --shape input_ids:1x128 --shape attention_mask:1x128",
         "edgepress benchmark out-a out-b --threads 4 --json",
+        "edgepress benchmark out --device ssh://pi@raspberrypi --baseline model.onnx",
+        "edgepress benchmark out --devices lab.toml --group pi",
     ),
 )
 
@@ -166,9 +172,12 @@ TARGETS = Command(
         ),
         Command(
             name="probe",
-            summary="the profile of this machine, measured now",
-            options=COMMON,
-            examples=("edgepress targets probe > this-machine.toml",),
+            summary="the profile of this machine or of a device, as it is now",
+            options=(*DEVICE_OPTIONS, *COMMON),
+            examples=(
+                "edgepress targets probe > this-machine.toml",
+                "edgepress targets probe --device ssh://pi@raspberrypi > my-pi.toml",
+            ),
         ),
     ),
 )
@@ -178,10 +187,11 @@ DOCTOR = Command(
     summary="check this installation and say what is missing",
     description=(
         "Checks Python, the packages and extras, the CPU's features, whether the runtime loads and "
-        "runs (in a process of its own), the cache folder and the disk."
+        "runs (in a process of its own), the cache folder and the disk. With --device it looks at the device "
+        "instead, and installs nothing there."
     ),
-    options=COMMON,
-    examples=("edgepress doctor",),
+    options=(*DEVICE_OPTIONS, *COMMON),
+    examples=("edgepress doctor", "edgepress doctor --device ssh://pi@raspberrypi"),
 )
 
 COMMANDS = (COMPILE, INSPECT, VERIFY, RUN, DRIFT, BENCHMARK, TARGETS, DOCTOR)

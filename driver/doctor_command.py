@@ -18,6 +18,7 @@ import msgspec
 from .. import __version__
 from ..graph.errors import EXIT_OK, EXIT_UNAVAILABLE, EdgepressError
 from .cache import cache_folder
+from .device_options import on_devices
 from .output import Answer, Table, format_bytes
 from .reporter import Reporter
 
@@ -48,8 +49,13 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     remedy: str | None = None
 
 
-def run(_arguments: argparse.Namespace, reporter: Reporter) -> Answer:
-    """Make all checks; exit code 4 if one of them keeps edgepress from working."""
+def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
+    """Make all checks, here or on devices; exit code 4 if one of them keeps edgepress from working."""
+    if on_devices(arguments):
+        from . import device_checks, device_commands
+
+        if entries := device_commands.devices_of(arguments):
+            return device_checks.doctor(entries, reporter)
     with reporter.stage("checks"):
         checks = (_python(), *_packages(), _runtime(), _processor(), _memory(), _cache(), _disk())
     failed = [check for check in checks if check.state == "failed"]

@@ -11,6 +11,7 @@ import msgspec
 
 from ..graph.errors import OutputError, RecipeError
 from .cache import cache_folder
+from .device_options import on_devices
 from .output import Answer, Table
 from .reporter import Reporter
 
@@ -32,6 +33,11 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     if arguments.subcommand == "list":
         return _list()
     if arguments.subcommand == "probe":
+        if on_devices(arguments):
+            from . import device_checks, device_commands
+
+            if entries := device_commands.devices_of(arguments):
+                return device_checks.probe(entries, reporter)
         with reporter.stage("probe"):
             return _profile(_HOST, ())
     if arguments.name == _HOST:

@@ -6,6 +6,7 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
+from .device_options import on_devices
 from .output import Answer, Table, format_bytes
 from .reporter import Reporter, Stage
 
@@ -17,6 +18,11 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         VerifyFailed: with everything that is wrong.
         ModelError: if the folder is not a bundle.
     """
+    if on_devices(arguments):
+        from . import device_commands
+
+        if entries := device_commands.devices_of(arguments):
+            return device_commands.verify(arguments, entries, reporter)
     from ..export.verify import verify_bundle
 
     with ExitStack() as stages:
