@@ -32,7 +32,7 @@ class MiniLMRun:
         held_out: Path = workdir / "minilm-prune-eval.txt"
         lines = places.data(_HELD_OUT_TEXT).read_text(encoding="utf-8").splitlines()
         held_out.write_text("\n".join(lines[:_HELD_OUT_SENTENCES]) + "\n", encoding="utf-8")
-        asked = {BASELINE: ("--precision", "fp32", "--skip", f"drift,{SKIPPED}")}
+        asked: dict[str, tuple[str, ...]] = {BASELINE: ("--precision", "fp32", "--skip", f"drift,{SKIPPED}")}
         given = (
             *("--calib", str(places.data(places.CALIBRATION_TEXT)), "--eval", str(held_out)),
             *("--samples", str(options.sentences), "--prune", str(options.prune_minilm)),

