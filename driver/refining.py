@@ -13,6 +13,7 @@ import msgspec
 
 from ..calibration.drift import measure_drift
 from ..calibration.reference import ReferenceOutputs
+from ..compress.cost import bind_axes, led_by_convolutions
 from ..compress.lower import apply_plan
 from ..compress.refine.entry import FLOAT_ENTRY, RelayEntry, entries, entry_in_float
 from ..compress.refine.equalize import EQUALIZE, EqualizeChannels, collect_magnitudes, equalizable
@@ -231,8 +232,13 @@ def _is_no_slower(
 
 
 def _output_ranges(current: Refined, given: Conditions) -> Refined | None:
-    """Every tensor's range by the error that it alone makes at the outputs."""
-    if given.data is None:
+    """Every tensor's range by the error that it alone makes at the outputs.
+
+    Left out where products do most of the work: in transformers hundreds of tensors each take a forward of
+    a large net for every candidate, minutes for a form that is not the one to choose there.
+    """
+    sizes = bind_axes(current.model, given.recipe.shapes)
+    if given.data is None or not led_by_convolutions(current.model, sizes):
         return None
     with given.reporter.stage("choosing ranges by the error at the outputs", 100) as stage:
         advance = steps(stage.advance)
