@@ -313,6 +313,11 @@ class PruneStages(LimitStages):
         self.cuts = pruner.chosen(self.widths)
         self.reference = OrtSession.from_model(self.model, SessionOptions(threads=self.recipe.threads))
         self.expected = [self.reference.run(feeds) for feeds in self.samples]
+        if self.pruning.unrepaired:
+            self.warn(
+                f"{len(self.pruning.unrepaired)} layers that lost inputs cannot be fitted by least squares "
+                f"and keep their weights: {', '.join(self.pruning.unrepaired[:5])}"
+            )
         gone = self.pruning.macs_before / max(self.pruning.macs_after, 1)
         self.notes.append(
             f"pruned: {gone:.2f}x fewer multiply-accumulates, "

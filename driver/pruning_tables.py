@@ -38,6 +38,8 @@ def pruning_blocks(pruning: Pruning) -> list[Block]:
         f"{format_bytes(pruning.weight_bytes_before)} to "
         f"{format_bytes(pruning.weight_bytes_after)} of float weights."
     )
+    if pruning.unrepaired:
+        headline += f" Not fitted after they lost inputs: {', '.join(pruning.unrepaired)}."
     narrower = tuple(
         (item.name, item.kind, str(item.units), str(item.left), format_percent(item.loss))
         for item in pruning.groups

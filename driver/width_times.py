@@ -69,6 +69,9 @@ class WidthTimes:
             for group in range(len(pruner.groups)):
                 self._tables.append(self._table(group))
                 stage.advance()
+        untimed = sum(found is None for found in self._known.values())
+        if untimed:
+            reporter.note(f"{untimed} kinds of layers cannot be timed alone: their time counts as unchanged")
         self._rest = max(whole_ms - float(self._own.sum()), 0.0)
 
     def total(self, removed: Sequence[int]) -> float:

@@ -206,6 +206,9 @@ def test_groups_that_cannot_be_fitted_are_measured_in_the_same_unit(tmp_path):
         ("second", True),
     ]
     assert all(curve.effects for curve in pruner.curves)
+    halves = [count // 2 for count in pruner.units]
+    assert pruner.repaired(halves, data)[1].unrepaired == ("n2",)
+    assert pruner.repaired([8, 6], data)[1].unrepaired == ()
     reference = outputs(model, data)
     spread = float(np.square(reference - reference.mean(axis=0)).sum())
     for place, curve in enumerate(pruner.curves):

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ...graph.edit import Editor, remove_dead
 from ...graph.errors import InternalError
 from ...graph.model import Model
-from .coupling import Coupling, Group
+from .coupling import Coupling
 from .tracer import Kept, WeightUse
 
 Removed = npt.NDArray[np.bool_]
@@ -132,8 +132,3 @@ def marked(coupling: Coupling, units: Iterable[int]) -> Removed:
     removed = nothing_removed(coupling)
     removed[list(units)] = True
     return removed
-
-
-def units_left(group: Group, removed: Removed) -> list[int]:
-    """The units of a group that stay."""
-    return [unit for unit in group.units if not removed[unit]]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ...graph.model import Model
-from .elimination import Matrix, Moments
+from .elimination import Matrix, Moments, columns_sum
 from .readers import Layer
 
 if TYPE_CHECKING:
@@ -145,12 +145,10 @@ class _Sum:
         if self._layer.has_constant:
             ones = np.ones((len(columns), 1, columns.shape[2]), np.float32)
             columns = np.concatenate([columns, ones], axis=1)
-        turned = columns.transpose(0, 2, 1)
-        gram = (columns @ turned).astype(np.float64)
-        cross = (columns @ targets.transpose(0, 2, 1)).astype(np.float64)
+        gram, cross, energy = columns_sum(columns, targets)
         self._gram = gram if self._gram is None else self._gram + gram
         self._cross = cross if self._cross is None else self._cross + cross
-        self._energy += float(np.sum(np.square(targets, dtype=np.float64)))
+        self._energy += energy
         self._count += columns.shape[2]
 
     def _sparsely(self, values: Array, wanted: Array) -> int:

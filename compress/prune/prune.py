@@ -18,6 +18,7 @@ from .curves import Curve, curves_of
 from .cut import Removed, cut, marked, mask
 from .effect import OutputError
 from .elimination import RIDGE
+from .readers import layer_of
 from .repair import Fitted, repair
 from .report import Importance, Pruning, pruned_groups, reasons_kept, repaired_layers
 from .widths import Cost, choose_widths, widths_of
@@ -160,6 +161,7 @@ class Pruner:
             weight_bytes_after=round(self.weights.total(gone)),
             groups=pruned_groups(self.curves, widths),
             repaired=repaired_layers(fitted),
+            unrepaired=() if data is None else self._unfittable(widths),
             samples=0 if data is None else len(data),
             output_error=output_error,
             kept=reasons_kept(self.coupling),
@@ -182,6 +184,18 @@ class Pruner:
         chosen = sorted((node for node in every if place[node] >= first), key=place.__getitem__)
         removed = self._removed(widths)
         return {str(node.name): self._outputs_left(node, removed) for node in chosen}
+
+    def _unfittable(self, widths: Sequence[int]) -> tuple[str, ...]:
+        """The layers that lose inputs and cannot be fitted."""
+        return tuple(
+            dict.fromkeys(
+                str(use.node.name)
+                for curve, left in zip(self.curves, widths, strict=True)
+                if left < len(curve.group.units)
+                for use in curve.group.readers
+                if layer_of(use.node) is None
+            )
+        )
 
     def _outputs_left(self, node: ir.Node, removed: Removed) -> npt.NDArray[np.int64] | None:
         axes = self.coupling.tracer.axes[node.outputs[0]]

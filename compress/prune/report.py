@@ -63,6 +63,7 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         weight_bytes_before, weight_bytes_after: of the float weights.
         groups: every group that could be cut.
         repaired: every layer that was fitted anew, in order.
+        unrepaired: layers that lost inputs and keep their weights: least squares has no form for them.
         samples: calibration samples that it was fitted on.
         output_error: mean squared error of the repaired model's outputs in parts of their variance, on
             calibration samples; None without data.
@@ -77,6 +78,7 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     weight_bytes_after: int
     groups: tuple[PrunedGroup, ...]
     repaired: tuple[RepairedLayer, ...] = ()
+    unrepaired: tuple[str, ...] = ()
     samples: int = 0
     output_error: float | None = None
     drift: dict[str, float] = {}
