@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import statistics
 import subprocess
 import threading
 import time
@@ -26,7 +27,7 @@ from edgepress.benchmarks.peer_environments import (
 )
 from edgepress.benchmarks.sentence_accuracy import Array
 from edgepress.graph.errors import RuntimeUnavailable
-from edgepress.runtimes.timing import Comparison, compare
+from edgepress.runtimes.timing import Comparison, comparison_of
 
 _ANSWER_LIMIT_S = 900.0
 # The threads of a runtime wait busily for a while after a run; meanwhile the next worker would lack a core.
@@ -228,8 +229,14 @@ def speed_of(series: Mapping[str, Sequence[Sequence[int]]], baseline: str) -> di
 
 
 def against_form(series: Mapping[str, Sequence[Sequence[int]]], slower: str, name: str) -> Comparison:
-    """How many times as fast form `name` is as form `slower`, round by round."""
-    return compare(slower, name, series[slower], series[name])
+    """How many times as fast form `name` is as form `slower`: ratios of medians, round by round.
+
+    Runs come in turns of several, so that one has no neighbour of the other form.
+    """
+    rounds = zip(series[slower], series[name], strict=True)
+    return comparison_of(
+        slower, name, (statistics.median(before) / statistics.median(after) for before, after in rounds)
+    )
 
 
 def hidden_states(worker: WorkerProcess, feeds: Path, output: Path, name: str) -> Iterator[Array]:

@@ -111,9 +111,9 @@ def token_feeds(names: Sequence[str], batch: int, tokens: int) -> dict[str, Arra
     return {name: known[name] for name in names}
 
 
-def speed_rows(result: BenchmarkResult) -> dict[str, dict[str, float]]:
+def speed_rows(result: BenchmarkResult) -> dict[str, dict[str, Any]]:
     """Of each form: latencies in ms, and its speed against the first."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for timing in result.timings:
         found[timing.name] = {
             "p50_ms": timing.p50_ms,

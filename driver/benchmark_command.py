@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from .. import __version__
 from ..calibration.data import generated_data
 from ..compress.recipe import Recipe
 from ..export.environment import numeric_environment
@@ -18,20 +20,26 @@ from ..export.runs import append_run
 from ..graph.errors import OutputError, RecipeError, RuntimeUnavailable
 from ..graph.tables import index_bounds
 from ..runtimes.base import Array
+from ..runtimes.device_runner import own_affinity
 from ..runtimes.feeds import fit_floats
 from ..runtimes.ort_runtime import OrtSession
-from ..runtimes.peak_memory import measure_peak_memory
+from ..runtimes.peak_memory import ColdStart, measure_cold_start
 from ..runtimes.timing import BenchmarkResult, Candidate, Schedule, benchmark
+from .after_run import finish, request_of
 from .device_options import on_devices
+from .history_record import local_run, measured, utc_now
 from .input_shapes import input_shapes
 from .opened import Opened, open_named
 from .options import shapes_from
 from .output import Answer
 from .reporter import Reporter, absolute_progress
-from .timing_tables import measured_how, timing_table
+from .scenario_options import asks_for_runner
+from .timing_tables import interval_table, measured_how, timing_table
 
 Feeds = Mapping[str, Array]
 _INPUT_SETS = 4
+# As much as the device runner measures on a board.
+_SCHEDULE = Schedule(pairs=8, runs=30, least_pair_s=0.2)
 
 
 def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
@@ -42,11 +50,16 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         DataError: if the models do not take the same inputs.
         RecipeError: if --shape names no input of them.
     """
-    if on_devices(arguments):
+    request = request_of(arguments)
+    if on_devices(arguments) or asks_for_runner(arguments):
         from . import device_commands
 
-        if entries := device_commands.devices_of(arguments):
-            return device_commands.benchmark(arguments, entries, reporter)
+        entries = device_commands.devices_of(arguments)
+        if not entries and asks_for_runner(arguments):
+            entries = (device_commands.THIS_MACHINE,)
+        if entries:
+            return device_commands.benchmark(arguments, entries, reporter, request)
+    started = utc_now()
     named = list(dict.fromkeys([*filter(None, [arguments.baseline]), *arguments.bundle_or_model]))
     threads = 1 if arguments.threads is None else arguments.threads
     opened = [open_named(name, reporter, threads=threads) for name in named]
@@ -54,7 +67,9 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     usual = {name: item.opt for name, item in compiled_for.items()}
     feeds = _inputs(opened[0], usual | shapes_from(arguments.shape), arguments.seed or 0)
     batch = next((len(values) for values in feeds[0].values() if values.ndim), 1)
-    schedule = Schedule() if arguments.rounds is None else Schedule(pairs=arguments.rounds)
+    schedule = dataclasses.replace(
+        _SCHEDULE, pairs=arguments.rounds or _SCHEDULE.pairs, runs=arguments.runs or _SCHEDULE.runs
+    )
     with tempfile.TemporaryDirectory(prefix="edgepress-benchmark-") as scratch:
         files = [item.saved(_subfolder(scratch, index)) for index, item in enumerate(opened)]
         candidates = [
@@ -68,28 +83,40 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         ]
         with reporter.stage("benchmark", total=schedule.pairs) as stage:
             result = benchmark(candidates, schedule, progress=absolute_progress(stage))
-        with reporter.stage("peak memory", total=len(opened)) as stage:
-            peaks = []
+        with reporter.stage("cold start", total=len(opened)) as stage:
+            starts = []
             for item, file in zip(opened, files, strict=True):
-                peaks.append(_peak_bytes(item, file, feeds[0], reporter))
+                starts.append(_cold_start(item, file, feeds[0], reporter))
                 stage.advance()
-    result = _with_peaks(result, peaks)
+        about = [
+            measured(item, file, role="baseline" if item.name == arguments.baseline else "")
+            for item, file in zip(opened, files, strict=True)
+        ]
+    result = _with_starts(result, starts)
     shape_texts = [f"{name}:{'x'.join(map(str, values.shape))}" for name, values in feeds[0].items()]
     document = {
+        "started": started,
+        "edgepress": __version__,
         "threads": threads,
+        "affinity": own_affinity(),
         "inputs": shape_texts,
+        "measured": about,
         "environment": numeric_environment(SessionSettings(config={}), threads),
         "benchmark": result,
     }
     for item in opened:
         _keep(item, document, reporter)
-    return Answer(
+    answer = Answer(
         document=document,
         blocks=(
             f"Threads: {threads}; inputs {', '.join(shape_texts)}; {measured_how(result)}.",
             timing_table(result),
+            interval_table(
+                [item.name for item in result.timings], [item.intervals_ms for item in result.timings]
+            ),
         ),
     )
+    return finish(request, [local_run(document, "benchmark")], answer, reporter)
 
 
 def _inputs(opened: Opened, shapes: dict[str, tuple[int, ...]], seed: int) -> Sequence[Feeds]:
@@ -120,18 +147,25 @@ def _subfolder(scratch: str, index: int) -> Path:
     return folder
 
 
-def _peak_bytes(opened: Opened, file: Path, feeds: Feeds, reporter: Reporter) -> int | None:
+def _cold_start(opened: Opened, file: Path, feeds: Feeds, reporter: Reporter) -> ColdStart | None:
     try:
-        return measure_peak_memory(file, fit_floats(opened.inputs, feeds), opened.options)["peak_bytes"]
+        return measure_cold_start(file, fit_floats(opened.inputs, feeds), opened.options)
     except RuntimeUnavailable as error:
-        reporter.warn(f"peak memory of {opened.name} was not measured: {error.what}")
+        reporter.warn(f"cold start and peak memory of {opened.name} were not measured: {error.what}")
         return None
 
 
-def _with_peaks(result: BenchmarkResult, peaks: Sequence[int | None]) -> BenchmarkResult:
+def _with_starts(result: BenchmarkResult, starts: Sequence[ColdStart | None]) -> BenchmarkResult:
     timings = tuple(
-        msgspec.structs.replace(timing, peak_memory_bytes=peak)
-        for timing, peak in zip(result.timings, peaks, strict=True)
+        timing
+        if start is None
+        else msgspec.structs.replace(
+            timing,
+            cold_start_ms=start.cold_start_ms,
+            peak_memory_bytes=start.peak_memory_bytes,
+            session_ms={**timing.session_ms, "cold_start": start.each_ms},
+        )
+        for timing, start in zip(result.timings, starts, strict=True)
     )
     return msgspec.structs.replace(result, timings=timings)
 

@@ -109,6 +109,8 @@ class BuildStages(MeasuredStages):
             samples=self.samples,
             expected=self.expected,
             reporter=self.reporter,
+            device=self.device,
+            on_target=self.on_target,
         )
 
     def lower(self, plan: Plan, folder: Path) -> Candidate:

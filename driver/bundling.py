@@ -90,8 +90,12 @@ def bundle(
     evidence: Evidence,
     overwrite: bool,
     reporter: Reporter,
+    timed_on: str | None = None,
 ) -> Path:
-    """Write the bundle atomically; the benchmark and what was measured on the way into its runs/."""
+    """Write the bundle atomically; the benchmark and what was measured on the way into its runs/.
+
+    `timed_on` names the device of the benchmark; None is the machine that compiled.
+    """
     with reporter.stage("golden samples"):
         golden = golden_samples(candidate, recipe, sets.evaluate)
     manifest = Manifest(
@@ -135,9 +139,8 @@ def bundle(
     with reporter.stage("writing the bundle"):
         place = write_bundle(contents, out, overwrite=overwrite)
         if timing is not None:
-            append_run(
-                place, "benchmark", {"where": "the machine that compiled", **msgspec.to_builtins(timing)}
-            )
+            where = timed_on or "the machine that compiled"
+            append_run(place, "benchmark", {"where": where, **msgspec.to_builtins(timing)})
         if pareto is not None:
             append_run(place, RUN_NAME, msgspec.to_builtins(pareto))
     return place

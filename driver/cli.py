@@ -32,6 +32,7 @@ from ..graph.errors import (
 from .options import parse_arguments
 from .output import Answer, write_answer
 from .reporter import Reporter, Verbosity, console_reporter
+from .result_formats import check_format, deliver
 
 # The module of each command is loaded only when the command runs: `--help` stays cheap.
 _COMMAND_MODULES = {
@@ -41,7 +42,9 @@ _COMMAND_MODULES = {
     "run": "run_command",
     "drift": "drift_command",
     "benchmark": "benchmark_command",
+    "history": "history_command",
     "targets": "targets_command",
+    "emulator": "emulator_command",
     "doctor": "doctor_command",
 }
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parse_arguments(words)
             verbose = arguments.verbose
             answer = _run(arguments)
-            return _deliver(answer, as_json=arguments.json)
+            return _deliver(answer, arguments)
     except SystemExit as finished:
         # --help and --version have printed their text.
         return EXIT_OK if finished.code is None else int(finished.code)
@@ -89,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
+    if hasattr(arguments, "format"):
+        check_format(arguments)
     module = import_module(f".{_COMMAND_MODULES[arguments.command]}", __package__)
     run: Callable[[argparse.Namespace, Reporter], Answer] = module.run
     reporter = console_reporter(sys.stderr, _verbosity(arguments))
@@ -130,9 +135,12 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _deliver(answer: Answer, *, as_json: bool) -> int:
+def _deliver(answer: Answer, arguments: argparse.Namespace) -> int:
     try:
-        write_answer(answer, as_json=as_json, stream=sys.stdout)
+        if hasattr(arguments, "format"):
+            deliver(answer, arguments, sys.stdout)
+        else:
+            write_answer(answer, as_json=arguments.json, stream=sys.stdout)
     except BrokenPipeError:
         # The reader (`head`, a closed pager) has seen enough. Python flushes stdout once more on
         # exit: give it a place to go.

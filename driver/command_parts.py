@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-OptionKind = Literal["value", "integer", "flag", "append", "optional-list"]
+OptionKind = Literal["value", "integer", "flag", "append", "optional", "optional-list"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class Argument:
 class Option:
     """One option; its value is None (False for a flag) where it is not given.
 
-    `least` is the smallest value of an integer.
+    An "optional" one may stand without a value, which then is "". `least` is the smallest value of an
+    integer.
     """
 
     flags: tuple[str, ...]
@@ -49,7 +50,7 @@ EXIT_CODES = (
     ("0", "done"),
     ("1", "a bug in edgepress"),
     ("2", "something passed in is wrong: the model, the data, a target, an option, the output place"),
-    ("3", "a limit or check was not met: drift, verification"),
+    ("3", "a limit or check was not met: drift, verification, a gate; or the run is void"),
     ("4", "a runtime, an extra or a device is missing, or what was asked for is not supported yet"),
     ("130", "interrupted (Ctrl-C or SIGTERM)"),
 )

@@ -23,7 +23,11 @@ from .command_parts import (
     Option,
 )
 from .compile_options import COMPILE
-from .device_options import DEVICE_OPTIONS
+from .device_options import DEVICE_OPTIONS, PROBE_OPTIONS
+from .emulator_options import EMULATOR
+from .history_options import AFTER_RUN_OPTIONS, HISTORY, NO_HISTORY
+from .kernel_options import KERNEL_OPTIONS
+from .scenario_options import MEASURING_OPTIONS
 
 INSPECT = Command(
     name="inspect",
@@ -49,11 +53,15 @@ VERIFY = Command(
     description=(
         "Recomputes every digest of SHA256SUMS and runs the golden samples; exit code 3 if anything "
         "differs by more than the tolerance that the manifest states. With --device it is copied to the "
-        "device and checked there."
+        "device and checked there. With --kernels every integer kernel is compared by itself, too."
     ),
     arguments=(Argument(name="BUNDLE", help="a bundle's folder"),),
-    options=(*DEVICE_OPTIONS, *COMMON),
-    examples=("edgepress verify out", "edgepress verify out --device ssh://pi@raspberrypi"),
+    options=(*KERNEL_OPTIONS, *DEVICE_OPTIONS, NO_HISTORY, *COMMON),
+    examples=(
+        "edgepress verify out",
+        "edgepress verify out --device ssh://pi@raspberrypi",
+        "edgepress verify out --kernels --device ssh://pi@raspberrypi --baseline model.onnx",
+    ),
 )
 
 RUN = Command(
@@ -111,8 +119,9 @@ BENCHMARK = Command(
     summary="time bundles and models on this machine, or bundles on devices",
     description=(
         "Times every candidate and the baseline in interleaved rounds with fresh sessions: p50, p90, "
-        "p99, throughput, load time and peak memory of the process itself. On devices, each bundle is "
-        "copied there once, verified, and timed on the inputs that it carries."
+        "p99 and p99.9 with their 95 % intervals, throughput, load time, cold start and peak memory of the "
+        "process itself. On devices, each bundle is copied there once, verified, and timed on the inputs "
+        "that it carries; so it is here, where scenarios, sweeps, cores or energy are asked for."
     ),
     arguments=(Argument(name="BUNDLE|MODEL", help="one or more bundles or models", many=True),),
     options=(
@@ -125,14 +134,20 @@ BENCHMARK = Command(
         SHAPE,
         SEED,
         ROUNDS,
+        *MEASURING_OPTIONS,
         *DEVICE_OPTIONS,
+        *AFTER_RUN_OPTIONS,
         *COMMON,
     ),
     examples=(
         "edgepress benchmark out --baseline model.onnx --shape input_ids:1x128 --shape attention_mask:1x128",
         "edgepress benchmark out-a out-b --threads 4 --json",
+        "edgepress benchmark out --scenario SingleStream --scenario Server --qps 20 --bound-ms 100",
+        "edgepress benchmark out --thread-sweep 1,2,4 --batch-sweep 1,8 --energy-seconds 10",
         "edgepress benchmark out --device ssh://pi@raspberrypi --baseline model.onnx",
         "edgepress benchmark out --devices lab.toml --group pi",
+        "edgepress benchmark out --compare",
+        "edgepress benchmark out --compare main --fail-if 'p90>+5%' --format junit --output report.xml",
     ),
 )
 
@@ -173,10 +188,11 @@ TARGETS = Command(
         Command(
             name="probe",
             summary="the profile of this machine or of a device, as it is now",
-            options=(*DEVICE_OPTIONS, *COMMON),
+            options=(*PROBE_OPTIONS, *DEVICE_OPTIONS, *COMMON),
             examples=(
                 "edgepress targets probe > this-machine.toml",
                 "edgepress targets probe --device ssh://pi@raspberrypi > my-pi.toml",
+                "edgepress targets probe --measure --device ssh://pi@raspberrypi --export my-pi.toml",
             ),
         ),
     ),
@@ -194,4 +210,4 @@ DOCTOR = Command(
     examples=("edgepress doctor", "edgepress doctor --device ssh://pi@raspberrypi"),
 )
 
-COMMANDS = (COMPILE, INSPECT, VERIFY, RUN, DRIFT, BENCHMARK, TARGETS, DOCTOR)
+COMMANDS = (COMPILE, INSPECT, VERIFY, RUN, DRIFT, BENCHMARK, HISTORY, TARGETS, EMULATOR, DOCTOR)

@@ -28,15 +28,16 @@ from .cache import cache_folder
 from .calib_cache import CalibCache
 from .candidate import Candidate, build, check_samples, prepare
 from .data_sets import open_data_sets
+from .device_planning import record_of, try_bundle
 from .input_shapes import check_shapes
-from .local_benchmark import COMPILED, WITHOUT_OPTIONS, slowness, time_against_baseline, timing_inputs
+from .local_benchmark import slowness
 from .measured_stage import TimedForm
 from .mixed_plan import completion_of
 from .observing import ranges_digest
 from .pareto import ParetoLog
 from .plan_stage import FUSIONS, INT8, PlanStages
 from .reporter import Reporter, SilentReporter
-from .result import CompileResult, Sizes, next_commands, weakest_evidence
+from .result import CompileResult, Sizes, next_commands
 from .typed_plan import storage_doubts
 from .workspace import workspace
 
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
     from ..compress.quantize.static import Ranges
     from ..graph.model import Model
     from ..graph.passes import PassRecord
+    from ..runtimes.device import Device
     from ..runtimes.timing import BenchmarkResult
-    from ..targets.profile import Evidence
 
 _FLOAT_PRECISIONS = ("fp16", "bf16", "bf16-compute", "fp32")
 
@@ -68,6 +69,7 @@ def compile_model(
     overwrite: bool = False,
     dry_run: bool = False,
     reporter: Reporter | None = None,
+    device: Device | None = None,
 ) -> CompileResult:
     """Compile a model for a target into a bundle: smaller, not slower, with its drift measured.
 
@@ -85,6 +87,8 @@ def compile_model(
         overwrite: replace an existing bundle at `output`, once the new one is whole.
         dry_run: stop at the plan: nothing is calibrated, timed or written.
         reporter: hears of progress; silent by default.
+        device: where forms are timed and choices made by time; by default this machine, which decides for
+            the target "host" only.
 
     Raises:
         UserError: if the model, data, target, recipe or output place is unusable (exit code 2).
@@ -95,6 +99,7 @@ def compile_model(
     work = _Compile(asked, reporter or SilentReporter())
     work.may_time = not dry_run
     work.open_target()
+    work.open_device(device)
     require_own_metrics(own_metrics(limit.metric or "" for limit in asked.max_drift))
     if output is not None and not dry_run:
         check_output(Path(output), overwrite)
@@ -250,7 +255,7 @@ class _Compile(PlanStages):
         return self.recipe.pins is not None and FUSIONS in self.recipe.pins.rolled_back
 
     def benchmark(self) -> None:
-        """Time the candidate here; on the host itself a form that does not pay is rolled back."""
+        """Time the candidate; on the target itself a form that does not pay is rolled back."""
         if "benchmark" in self.recipe.skip:
             return
         if self.profile.gpu is not None:
@@ -259,12 +264,12 @@ class _Compile(PlanStages):
         asked_by_name = self.recipe.precision in INT8_PRECISIONS or self.typed is not None
         rivals = [] if asked_by_name else self.rivals()
         self.timing = self.time(rivals)
-        if self.profile.kind != "host" or self.recipe.pins is not None:
+        if not self.on_target or self.recipe.pins is not None:
             return
         self.settle_options(rivals)
         if self.candidate.plan.groups:
             name = "INT8" if self.typed is None else self.typed
-            text = slowness(self.timing, name) if asked_by_name else self.keep_what_pays()
+            text = slowness(self.timing, name, self.timed_where) if asked_by_name else self.keep_what_pays()
             if text is None:
                 return
             if asked_by_name:
@@ -277,7 +282,7 @@ class _Compile(PlanStages):
             plan = self.candidate.plan.revert(groups, f"rolled back: {text}")
             self.verdicts, self.session_config = {}, None
             self.replace(self.lower(plan, self.folder / "float"))
-        text = slowness(self.timing, "the cleaned and fused float form")
+        text = slowness(self.timing, "the cleaned and fused float form", self.timed_where)
         if text is not None:
             self.warn(f"{text}: the graph that went in is kept as it is")
             self.rolled_back += (FUSIONS,)
@@ -315,33 +320,6 @@ class _Compile(PlanStages):
         """Tell it and keep it."""
         self.notes.append(text)
         self.reporter.warn(text)
-
-    def time(self, rivals: Sequence[TimedForm] = (), rounds: int | None = None) -> BenchmarkResult:
-        """Time the candidate here, beside the model that went in and rivals."""
-        feeds = timing_inputs(self.source, self.recipe)
-        threads = self.recipe.threads
-        forms = [(COMPILED, self.candidate.file, self.candidate.options(threads))]
-        if self.candidate.config:
-            forms.append((WITHOUT_OPTIONS, self.candidate.file, SessionOptions(threads=threads)))
-        timing = time_against_baseline(
-            self.baseline_file,
-            [*forms, *rivals],
-            feeds,
-            threads,
-            self.reporter,
-            rounds=rounds or self.recipe.benchmark_rounds,
-            device=self.device,
-            inputs=self.candidate.model.inputs,
-        )
-        self.pareto.timed(self.candidate, timing)
-        return timing
-
-    def evidence(self) -> Evidence:
-        """Measured on the target only where the whole model was timed there."""
-        if self.profile.kind == "host" and self.timing is not None:
-            return "measured-on-target"
-        weakest = weakest_evidence(self.candidate.plan)
-        return "measured-elsewhere" if weakest == "measured-on-target" else weakest
 
     def pinned(self) -> Recipe:
         """The recipe with the choices that were made, so that a replay times nothing."""
@@ -383,13 +361,17 @@ class _Compile(PlanStages):
             evidence=self.evidence(),
             overwrite=overwrite,
             reporter=self.reporter,
+            timed_on=None if self.fit is None else self.device.name,
         )
         with self.reporter.stage("verifying the bundle"):
             verify_bundle(place)
+        if self.fit is not None:
+            self.notes += try_bundle(self.device, place, self.recipe, self.reporter)
         return place
 
     def result(self, place: Path | None, model: str = "") -> CompileResult:
         plan = self.candidate.plan if self.built else self.current_plan
+        fit_notes = () if self.fit is None else self.fit.notes
         return CompileResult(
             bundle=place,
             target=self.profile.name,
@@ -405,6 +387,7 @@ class _Compile(PlanStages):
             ),
             refusals=plan.refusals,
             stamps=self.sets.stamps,
-            notes=(self.source.baseline_note, *self.sets.notes, *self.notes),
-            next_commands=next_commands(place, model),
+            notes=(self.source.baseline_note, *self.sets.notes, *fit_notes, *self.notes),
+            next_commands=next_commands(place, model, self.device),
+            device=record_of(self.device, self.fit),
         )

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from ..graph.errors import OutputError
+from ..targets.host import runtime_version
 from .compile import compile_model
+from .device_planning import planning_device
 from .options import recipe_from
 from .output import Answer
 from .reporter import Reporter
 from .summary import document_of, dry_run_blocks, summary_blocks
+
+if TYPE_CHECKING:
+    from ..compress.recipe import Recipe
+    from ..runtimes.device import Device
+    from .result import CompileResult
 
 
 def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
@@ -26,7 +36,21 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
             where="-o",
             remedy="add -o OUT with a folder that does not exist yet, or --dry-run",
         )
-    result = compile_model(
+    with planning_device(arguments, reporter, version=runtime_version()) as found:
+        if found is not None and arguments.threads is None and found[1].threads:
+            recipe = msgspec.structs.replace(recipe, threads=found[1].threads)
+        result = _compiled(arguments, recipe, reporter, None if found is None else found[0])
+    if arguments.dry_run:
+        return Answer(
+            document=document_of(result), blocks=dry_run_blocks(result, every_node=arguments.verbose)
+        )
+    return Answer(document=document_of(result), blocks=summary_blocks(result))
+
+
+def _compiled(
+    arguments: argparse.Namespace, recipe: Recipe, reporter: Reporter, device: Device | None
+) -> CompileResult:
+    return compile_model(
         arguments.model,
         target=recipe.target,
         output=None if arguments.output is None else Path(arguments.output),
@@ -39,9 +63,5 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         overwrite=arguments.overwrite,
         dry_run=arguments.dry_run,
         reporter=reporter,
+        device=device,
     )
-    if arguments.dry_run:
-        return Answer(
-            document=document_of(result), blocks=dry_run_blocks(result, every_node=arguments.verbose)
-        )
-    return Answer(document=document_of(result), blocks=summary_blocks(result))

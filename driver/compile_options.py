@@ -23,6 +23,7 @@ from .command_parts import (
     Command,
     Option,
 )
+from .device_options import DEVICE_OPTIONS
 
 COMPILE = Command(
     name="compile",
@@ -90,15 +91,17 @@ COMPILE = Command(
             kind="integer",
             metavar="N",
             least=0,
-            help="for the host: time fusions, operators in the forms that they could take, and plans, for "
-            "about so long, and take what is faster here; 0 plans by the profile alone; default 10. "
-            "Timings of operators are kept (`edgepress targets show host`)",
+            help="for the host, or on --device: time fusions, operators in the forms that they could take, "
+            "and plans, for about so long, and take what is faster there; 0 plans by the profile alone; "
+            "default 10. Timings of operators are kept (`edgepress targets show host`, "
+            "`edgepress targets probe --measure`)",
         ),
         Option(
             flags=("--allow-unmeasured",),
             kind="flag",
             help="also take lowerings of which nobody has measured, counted or timed whether they are "
-            "faster on the target; without it such nodes stay float, and the plan says so",
+            "faster on the target; without it such nodes stay float, and the plan says so. With --device "
+            "also time on one that is not the target: its times then decide nothing",
         ),
         Option(
             flags=("--precision",),
@@ -134,7 +137,7 @@ COMPILE = Command(
             flags=("--min-speedup",),
             metavar="TIMES",
             help="cut until the compiled model is so many times as fast as what went in (2x); on the host "
-            "it is measured, elsewhere predicted",
+            "and with --device it is measured, elsewhere predicted",
         ),
         Option(
             flags=("--max-size",),
@@ -168,6 +171,7 @@ COMPILE = Command(
         ),
         SHAPE,
         THREADS,
+        *DEVICE_OPTIONS,
         TOKENIZER,
         PREPROCESSOR,
         Option(
@@ -210,6 +214,7 @@ COMPILE = Command(
         "edgepress compile model.onnx --target host -o out --calib samples.npz",
         "edgepress compile ./minilm --target raspberry-pi-5 -o out --calib text.txt --max-drift cosine=2%",
         "edgepress compile model.onnx --target raspberry-pi-4 --data-free --dry-run",
+        "edgepress compile model.onnx --target raspberry-pi-5 --device ssh://pi@pi5 -o out --calib data.npz",
         "edgepress compile model.onnx --target host -o out --calib images/ --prune 0.5",
         "edgepress compile model.onnx --target host -o out --calib images/ --min-speedup 4x --max-size 2MB",
         "edgepress compile model.onnx --recipe out/recipe.toml -o again",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..compress.recipe import Recipe
     from ..graph.model import Model, Task
     from ..runtimes.base import Array
+    from ..runtimes.device import Device
     from ..targets.profile import TargetProfile
     from .calib_cache import CalibCache
     from .reporter import Reporter
@@ -46,7 +47,10 @@ _LAYOUT_OP = "SequenceMajor"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a graph is conditioned with (data and cache may be missing), and what it is held against."""
+    """What a graph is conditioned with (data and cache may be missing), and what it is held against.
+
+    `device` is where forms are timed, this machine by default; `on_target` says whether it is the target.
+    """
 
     data: CalibrationData | None
     cache: CalibCache | None
@@ -57,6 +61,8 @@ class Conditions:
     samples: Sequence[Mapping[str, Array]]
     expected: Sequence[Mapping[str, Array]]
     reporter: Reporter
+    device: Device | None = None
+    on_target: bool = False
 
     def wants(self, name: str) -> bool:
         """Whether the recipe leaves a step on."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import tomli_w
@@ -17,14 +18,25 @@ from ..targets.host import base_profile, host_overlay
 from ..targets.registry import load_target, to_toml
 from .device_commands import Told, open_entry
 from .doctor_command import Check
+from .emulated_devices import set_up
 from .fleet import run_on_devices
 from .output import Answer, Table, format_bytes
 from .reporter import Reporter
 
 if TYPE_CHECKING:
+    from ..targets.host import HostFacts
     from ..targets.profile import TargetProfile
 
 _ENOUGH_DISK_BYTES = 500_000_000
+
+
+class Probed(Protocol):
+    """A device that tells what it is."""
+
+    name: str
+
+    def host_facts(self) -> HostFacts:
+        """See `SshDevice.host_facts`."""
 
 
 def doctor(entries: Sequence[DeviceEntry], reporter: Reporter) -> Answer:
@@ -35,6 +47,7 @@ def doctor(entries: Sequence[DeviceEntry], reporter: Reporter) -> Answer:
         with open_entry(plain, reporter, None, told) as device:
             return _checks(device)
 
+    set_up(entries, None, reporter)
     with reporter.stage(f"checks on {', '.join(entry.name for entry in entries)}"):
         outcomes = run_on_devices(entries, work)
     found = [(outcome.entry, outcome.value or (_failed("reached", outcome.error),)) for outcome in outcomes]
@@ -73,6 +86,7 @@ def probe(entries: Sequence[DeviceEntry], reporter: Reporter) -> Answer:
             remedy="name one: --device ssh://USER@HOST, or --devices FILE --group NAME",
         )
     entry = _reachable(entries[0])
+    set_up([entry], None, reporter)
     with (
         reporter.stage(f"probe {entry.name}"),
         open_entry(entry, reporter, None, lambda _: None) as device,
@@ -81,18 +95,24 @@ def probe(entries: Sequence[DeviceEntry], reporter: Reporter) -> Answer:
     return Answer(document=profile, blocks=(to_toml(profile).rstrip("\n"),))
 
 
-def device_profile(device: SshDevice) -> TargetProfile:
+def device_profile(device: Probed, runtime_version: str | None = None) -> TargetProfile:
     """The profile of a device, as `targets probe` makes it of this machine.
+
+    Args:
+        device: what is probed.
+        runtime_version: of the onnxruntime that is used there, where it is not the system's own.
 
     Raises:
         RuntimeUnavailable: if it cannot be reached or has no Python.
     """
     facts = device.host_facts()
+    if runtime_version is not None:
+        facts = dataclasses.replace(facts, runtime_version=runtime_version)
     base = base_profile(facts)
     tables = host_overlay(facts, msgspec.to_builtins(load_target(base)))
     name = "".join(char if char.isalnum() or char in "-_." else "-" for char in device.name)
     tables |= {"base": base, "name": name.strip("-._")}
-    tables["description"] = f"{facts.board or facts.core}, probed by ssh over {base}"
+    tables["description"] = f"{facts.board or facts.core}, probed over {base}"
     del tables["kind"]
     with tempfile.TemporaryDirectory(prefix="edgepress-device-") as folder:
         path = Path(folder) / "device.toml"

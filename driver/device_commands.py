@@ -15,23 +15,29 @@ import msgspec
 
 from ..export.runs import append_run
 from ..export.verify import read_manifest
-from ..graph.errors import EXIT_CHECK, EdgepressError, OutputError, RecipeError, RuntimeUnavailable
+from ..graph.errors import EXIT_CHECK, EdgepressError, OutputError, RecipeError, RuntimeUnavailable, UserError
 from ..runtimes import device_runner
 from ..runtimes.device_file import DeviceEntry, choose_devices, read_devices
 from ..runtimes.remote import parse_device_url
 from ..runtimes.ssh import SshDevice, runner_result, void_error
 from ..runtimes.ssh_connection import SshSettings
 from ..runtimes.ssh_environment import RuntimeWish
+from .after_run import Request, finish
+from .emulated_devices import instruction_table, is_emulated, open_emulated, set_up
 from .fleet import Closable, Outcome, exit_code_of, only_error, run_on_devices
+from .history_record import device_run, keep
+from .history_rows import RecordedRun
 from .opened import is_bundle, open_named
 from .output import Answer, Table, format_ms
 from .reporter import Reporter
+from .scenario_options import LEAST_LIMIT_S, least_limit_s, runner_commands, runner_words
+from .scenario_tables import further_tables
 
 Result = dict[str, Any]
 Told = Callable[[Closable], None]
 _LOCAL = "local"
+THIS_MACHINE = DeviceEntry(name=_LOCAL, url=_LOCAL)
 _RUN_NAME = "device"
-_LOCAL_LIMIT_S = 7200.0
 
 
 def devices_of(arguments: argparse.Namespace) -> tuple[DeviceEntry, ...]:
@@ -87,11 +93,15 @@ def open_entry(entry: DeviceEntry, reporter: Reporter, version: str | None, told
     """The device of an entry, not connected yet.
 
     Args:
-        entry: one with an ssh URL.
+        entry: one by ssh, or an emulated board.
         reporter: told what a person should know.
         version: of onnxruntime, that it shall have.
         told: told the device, so that an interrupt can end its work.
     """
+    if is_emulated(entry):
+        emulated = open_emulated(entry, version, reporter)
+        told(emulated)
+        return emulated
     settings = SshSettings(config=None if entry.ssh_config is None else Path(entry.ssh_config))
     if entry.python is not None:
         settings = SshSettings(config=settings.config, python=entry.python)
@@ -110,7 +120,12 @@ def open_entry(entry: DeviceEntry, reporter: Reporter, version: str | None, told
     return device
 
 
-def benchmark(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], reporter: Reporter) -> Answer:
+def benchmark(
+    arguments: argparse.Namespace,
+    entries: Sequence[DeviceEntry],
+    reporter: Reporter,
+    request: Request | None = None,
+) -> Answer:
     """Check, verify and time bundles on every device; bundles keep the results in runs/.
 
     Raises:
@@ -125,16 +140,17 @@ def benchmark(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], rep
                 why="a device times the inputs that the bundle itself carries",
                 remedy=f"leave --{option} out, or compile with the shape that shall be timed",
             )
-    words = [] if arguments.rounds is None else ["--pairs", str(arguments.rounds)]
+    words = runner_words(arguments)
     with tempfile.TemporaryDirectory(prefix="edgepress-benchmark-") as scratch:
         baseline = _baseline(arguments, reporter, Path(scratch))
         bundles = [_bundle(name) for name in dict.fromkeys(arguments.bundle_or_model)]
         outcomes = _measure(
             entries,
             bundles,
-            ("verify", "benchmark"),
+            runner_commands(arguments),
             reporter,
             words=words,
+            limit_s=least_limit_s(arguments),
             threads=arguments.threads,
             baseline=baseline,
         )
@@ -149,7 +165,21 @@ def benchmark(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], rep
     )
     columns = ("device", "bundle", "timed", "p50", "p90", "p99", "load", "outputs", "counts")
     numeric = frozenset({"p50", "p90", "p99", "load"})
-    return _answer(outcomes, bundles, Table(columns=columns, rows=rows, numeric=numeric))
+    counts = instruction_table(
+        (outcome.entry.name, bundle, _outputs(result), result)
+        for outcome in outcomes
+        for bundle, result in zip(bundles, outcome.value or (), strict=False)
+    )
+    tables = [Table(columns=columns, rows=rows, numeric=numeric), *([] if counts is None else [counts])]
+    tables += further_tables(
+        [
+            (outcome.entry.name, str(bundle), result)
+            for outcome in outcomes
+            for bundle, result in zip(bundles, outcome.value or (), strict=False)
+        ]
+    )
+    answer = _answer(outcomes, bundles, tables)
+    return finish(request or Request(), _runs(outcomes, bundles, reporter), answer, reporter)
 
 
 def verify(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], reporter: Reporter) -> Answer:
@@ -167,7 +197,25 @@ def verify(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], report
         for bundle, result in zip(bundles, outcome.value or (), strict=False)
     )
     table = Table(columns=("device", "bundle", "outputs", "onnxruntime"), rows=rows)
-    return _answer(outcomes, bundles, table)
+    if not arguments.no_history:
+        keep(_runs(outcomes, bundles, reporter), reporter)
+    return _answer(outcomes, bundles, [table])
+
+
+def _runs(
+    outcomes: Sequence[Outcome[list[Result]]], bundles: Sequence[Path], reporter: Reporter
+) -> list[RecordedRun]:
+    """The results as runs of the history; one that cannot be read is warned of."""
+    found = []
+    for outcome in outcomes:
+        for bundle, result in zip(bundles, outcome.value or (), strict=False):
+            try:
+                found.append(
+                    device_run(result, device=outcome.entry.name, url=outcome.entry.url, bundle=bundle)
+                )
+            except UserError as error:
+                reporter.warn(f"the run on {outcome.entry.name} is not in the history: {error.what}")
+    return found
 
 
 def _measure(
@@ -179,6 +227,7 @@ def _measure(
     words: Sequence[str] = (),
     threads: int | None = None,
     baseline: Path | None = None,
+    limit_s: float = LEAST_LIMIT_S,
 ) -> tuple[Outcome[list[Result]], ...]:
     version = read_manifest(bundles[0]).versions.get("onnxruntime")
 
@@ -187,20 +236,21 @@ def _measure(
         options = [*words, *(["--threads", str(count)] if count else [])]
         if entry.url == _LOCAL:
             more = [] if baseline is None else ["--baseline", str(baseline)]
-            return [_run_here(bundle, commands, [*options, *more]) for bundle in bundles]
+            return [_run_here(bundle, commands, [*options, *more], limit_s) for bundle in bundles]
         with ExitStack() as stack:
             device = stack.enter_context(open_entry(entry, reporter, version, told))
             if baseline is not None:
                 options += ["--baseline", _baseline_there(device, baseline)]
-            return [device.run_bundle(bundle, commands, options) for bundle in bundles]
+            return [device.run_bundle(bundle, commands, options, limit_s=limit_s) for bundle in bundles]
 
+    set_up(entries, version, reporter)
     with reporter.stage(f"{' and '.join(commands)} on {', '.join(entry.name for entry in entries)}"):
         outcomes = run_on_devices(entries, work)
     only_error(outcomes)
     return outcomes
 
 
-def _run_here(bundle: Path, commands: Sequence[str], options: Sequence[str]) -> Result:
+def _run_here(bundle: Path, commands: Sequence[str], options: Sequence[str], limit_s: float) -> Result:
     """The device runner on this machine, in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="edgepress-device-") as folder:
         out = Path(folder) / "result.json"
@@ -211,7 +261,7 @@ def _run_here(bundle: Path, commands: Sequence[str], options: Sequence[str]) -> 
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=_LOCAL_LIMIT_S,
+                timeout=limit_s,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -267,6 +317,8 @@ def _latency_rows(device: str, bundle: Path, result: Result) -> list[tuple[str, 
     counts = "; ".join(result["void_reasons"]) if result["void"] else "yes"
     latency: Mapping[str, Any] = (result["benchmark"] or {}).get("latency") or {}
     head = (device, str(bundle))
+    if result["emulated"]:
+        return []
     if not latency:
         return [(*head, "not timed", "", "", "", "", _outputs(result), counts)]
     return [
@@ -289,9 +341,11 @@ def _outputs(result: Result) -> str:
     return f"{outputs['samples']} golden samples {state}"
 
 
-def _answer(outcomes: Sequence[Outcome[list[Result]]], bundles: Sequence[Path], table: Table) -> Answer:
-    """The table of those that worked, the errors of the others, and every result in the document."""
-    blocks: list[str | Table] = [table] if table.rows else []
+def _answer(
+    outcomes: Sequence[Outcome[list[Result]]], bundles: Sequence[Path], tables: Sequence[Table]
+) -> Answer:
+    """The tables of those that worked, the errors of the others, and every result in the document."""
+    blocks: list[str | Table] = [table for table in tables if table.rows]
     notes = dict.fromkeys(
         f"{outcome.entry.name}: {note}"
         for outcome in outcomes

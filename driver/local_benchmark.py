@@ -1,4 +1,4 @@
-"""Timing a compiled candidate against the untouched model on this machine."""
+"""Timing a compiled candidate against the untouched model, on this machine or a device."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def timing_inputs(source: Source, recipe: Recipe) -> dict[str, Array]:
     return {name: np.asarray(values) for name, values in feeds.items()}
 
 
-def slowness(timing: BenchmarkResult, form: str) -> str | None:
+def slowness(timing: BenchmarkResult, form: str, where: str = "on this machine") -> str | None:
     """What to say of a form that was timed slower than the model that went in; None if it was not."""
     comparison = next(item for item in timing.comparisons if item.candidate == COMPILED)
     if not comparison.is_slower():
         return None
-    return f"{form} runs at {comparison.ratio:.2f}x of the model that went in, on this machine"
+    return f"{form} runs at {comparison.ratio:.2f}x of the model that went in, {where}"
 
 
 def time_against_baseline(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,21 +12,12 @@ import msgspec
 from ..compress.choice import Verdict
 from ..compress.cost import bind_axes
 from ..compress.propose import Request, alternatives
-from ..graph.errors import EdgepressError
-from ..runtimes.base import SessionOptions
 from ..runtimes.device import Device
-from ..runtimes.device import Form as DeviceForm
-from ..runtimes.timing import Comparison, Schedule
-from ..runtimes.timing_cache import OperatorTiming, TimingCache, TimingKey, ratio_of
-from .measured_models import (
-    FLOAT,
-    WITH_CONVERSIONS,
-    Trial,
-    form_name,
-    lowered_forms,
-    trial_of,
-    with_activation,
-)
+from ..runtimes.timing import Comparison
+from ..runtimes.timing_cache import OperatorTiming, TimingCache, ratio_of
+from ..targets.profile import Evidence
+from .measured_models import WITH_CONVERSIONS, Trial, form_name, trial_of, with_activation
+from .operator_times import Choices, TimedKind, place_word, time_kinds
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,11 +29,6 @@ if TYPE_CHECKING:
     from .reporter import Reporter
 
 MARGIN_FRACTION = 0.02
-_SCHEDULE = Schedule(
-    pairs=4, runs=8, warm_up_runs=1, least_pair_s=0.02, warm_up_limit_s=0.05, most_pair_s=0.2
-)
-_FLOAT_MACS_PER_S = 2e10
-_SESSIONS_S = 0.02
 _SIGNS: tuple[IntegerType, ...] = ("uint8", "int8")
 
 
@@ -58,6 +43,7 @@ class Measured:
         ratios: node name -> how many times as fast as float it is by itself, conversions counted.
         static_activation: the type of static activations, where another than the profile's was faster.
         operators: how many different operators there are; `timed` of them now, `known` from the cache.
+        where: they were timed, in words.
     """
 
     verdicts: Mapping[str, Verdict] = dataclasses.field(default_factory=dict)
@@ -67,6 +53,7 @@ class Measured:
     operators: int = 0
     timed: int = 0
     known: int = 0
+    where: str = "here"
 
     @property
     def note(self) -> str | None:
@@ -78,8 +65,8 @@ class Measured:
         left = self.operators - self.timed - self.known
         skipped = f", {left} left to the profile (out of time, or of unknown size)" if left else ""
         return (
-            f"{self.operators} different operators: {self.timed} timed here, {self.known} known from earlier"
-            f"{skipped}; by time {chosen} nodes"
+            f"{self.operators} different operators: {self.timed} timed {self.where}, {self.known} known from "
+            f"earlier{skipped}; by time {chosen} nodes"
         )
 
 
@@ -93,6 +80,7 @@ def measure_forms(
     threads: int,
     budget_s: float,
     reporter: Reporter,
+    evidence: Evidence = "measured-on-target",
 ) -> Measured:
     """Time what a plan would quantize, operator by operator, in every form that it could take.
 
@@ -110,31 +98,27 @@ def measure_forms(
         threads: of every session.
         budget_s: stop beginning new ones after so many seconds; 0 times nothing and asks the cache only.
         reporter: shows how far it is.
+        evidence: the grade of these times for the target.
+
+    Raises:
+        RuntimeUnavailable: if the device goes away; what was timed until then is in the cache.
     """
     offered = alternatives(model, profile, request)
     trials = _trials(model, offered, bind_axes(model, request.shapes))
     sign_choices = _sign_choices(profile, request)
-    known = timed = 0
-    found: dict[int, dict[str, OperatorTiming]] = {}
-    deadline = time.monotonic() + budget_s
-    with reporter.stage("timing operators", len(trials)) as stage:
-        for index, (trial, usual) in enumerate(trials):
-            choices = [*usual, *_other_signs(usual, sign_choices)]
-            keys = _keys(trial, choices, threads)
-            cached = {key.form: timing for key in keys if (timing := cache.get(key)) is not None}
-            if len(cached) == len(keys):
-                found[index], known = cached, known + 1
-            elif budget_s > 0 and time.monotonic() + _estimate_s(trial, len(keys)) <= deadline:
-                found[index] = _time(trial, choices, keys, device=device, deadline=deadline)
-                cache.add(found[index].values())
-                timed += 1
-            stage.advance()
+    choices = [[*usual, *_other_signs(usual, sign_choices)] for _, usual in trials]
+    kinds = [TimedKind(trial=trial, choices=item) for (trial, _), item in zip(trials, choices, strict=True)]
+    found, known = time_kinds(
+        kinds, device=device, cache=cache, threads=threads, budget_s=budget_s, reporter=reporter
+    )
+    timed = len(found) - known
+    told = place_word(device)
     activation = _faster_sign(found, profile, trials)
     verdicts: dict[str, Verdict] = {}
     alone: dict[str, Comparison] = {}
     for index, timings in found.items():
-        trial, choices = trials[index]
-        made = _verdict(trial, choices, timings, activation)
+        trial, usual = trials[index]
+        made = _verdict(trial, usual, timings, activation, where=told, evidence=evidence)
         if made is not None:
             verdicts |= dict.fromkeys(trial.nodes, made[0])
             alone |= dict.fromkeys(trial.nodes, made[1])
@@ -151,21 +135,19 @@ def measure_forms(
         operators=len(trials),
         timed=timed,
         known=known,
+        where=told,
     )
-
-
-_Choices = list[list["Decision"]]
 
 
 def _trials(
     model: Model, offered: Mapping[str, Sequence[Decision]], sizes: Mapping[str, int]
-) -> list[tuple[Trial, _Choices]]:
+) -> list[tuple[Trial, Choices]]:
     """One trial per kind of operator, the most urgent first, with the decisions of each form."""
     nodes = {node.name: node for node in model.graph.all_nodes() if node.name in offered}
     groups: dict[str, list[str]] = {}
     for name, decisions in offered.items():
         groups.setdefault(decisions[0].group, []).append(name)
-    kinds: dict[tuple[Any, ...], tuple[Trial, _Choices]] = {}
+    kinds: dict[tuple[Any, ...], tuple[Trial, Choices]] = {}
     for names in groups.values():
         members: list[ir.Node] = [nodes[name] for name in names]
         firsts = [offered[name][0] for name in names]
@@ -185,7 +167,7 @@ def _trials(
     return sorted(kinds.values(), key=_urgency)
 
 
-def _urgency(item: tuple[Trial, _Choices]) -> tuple[Any, ...]:
+def _urgency(item: tuple[Trial, Choices]) -> tuple[Any, ...]:
     """What nothing is known of first, then the cheapest."""
     trial = item[0]
     known = trial.decisions[0].evidence != "none"
@@ -206,68 +188,15 @@ def _sign_choices(profile: TargetProfile, request: Request) -> tuple[IntegerType
     return tuple(others)
 
 
-def _other_signs(choices: _Choices, signs: Sequence[IntegerType]) -> _Choices:
+def _other_signs(choices: Choices, signs: Sequence[IntegerType]) -> Choices:
     static = [choice for choice in choices if choice[0].form == "static"]
     return [[with_activation(item, sign) for item in choice] for sign in signs for choice in static]
-
-
-def _keys(trial: Trial, choices: _Choices, threads: int) -> list[TimingKey]:
-    names = []
-    for decisions in choices:
-        name = form_name(decisions[0])
-        names += [f"{name}{WITH_CONVERSIONS}", name] if decisions[0].form == "static" else [name]
-    return [
-        TimingKey(
-            operator=trial.operator,
-            form=name,
-            shapes=trial.shapes,
-            attributes=trial.attributes,
-            threads=threads,
-        )
-        for name in names
-    ]
-
-
-def _estimate_s(trial: Trial, forms: int) -> float:
-    """About how long timing takes, from what a core multiplies in float."""
-    run_s = (trial.macs or 0) / _FLOAT_MACS_PER_S
-    if not run_s:
-        return _SCHEDULE.pairs * (forms + 1) * _SESSIONS_S
-    warm_up = min(10.0, max(2.0, _SCHEDULE.warm_up_limit_s / run_s))
-    runs = min(float(_SCHEDULE.runs), max(3.0, _SCHEDULE.most_pair_s / (forms + 1) / run_s))
-    return _SCHEDULE.pairs * (forms + 1) * ((warm_up + runs) * run_s + _SESSIONS_S)
-
-
-def _time(
-    trial: Trial, choices: _Choices, keys: list[TimingKey], *, device: Device, deadline: float
-) -> dict[str, OperatorTiming]:
-    """Timings by form; empty where the runtime takes none of them."""
-    forms = lowered_forms(trial, choices)
-    options = SessionOptions(threads=keys[0].threads)
-    asked = [
-        DeviceForm(name=form.name, model=form.model, options=options, feeds=form.feeds) for form in forms
-    ]
-    schedule = dataclasses.replace(_SCHEDULE, limit_s=max(0.1, deadline - time.monotonic()))
-    try:
-        result = device.time(asked, forms[0].feeds, schedule)
-    except EdgepressError:
-        return {}  # the runtime has no kernel for a form after all: the profile decides
-    by_form = {key.form: key for key in keys}
-    return {
-        item.candidate: OperatorTiming(
-            key=by_form[item.candidate],
-            p50_ms=result.timing(item.candidate).p50_ms,
-            float_p50_ms=result.timing(FLOAT).p50_ms,
-            pair_ratios=item.pair_ratios,
-        )
-        for item in result.comparisons
-    }
 
 
 def _faster_sign(
     found: Mapping[int, Mapping[str, OperatorTiming]],
     profile: TargetProfile,
-    trials: Sequence[tuple[Trial, _Choices]],
+    trials: Sequence[tuple[Trial, Choices]],
 ) -> IntegerType | None:
     """The other type of static activations, if all operators together are faster with it by the margin."""
     usual = profile.static_activation_type
@@ -293,7 +222,13 @@ def _faster_sign(
 
 
 def _verdict(
-    trial: Trial, choices: _Choices, timings: Mapping[str, OperatorTiming], activation: IntegerType | None
+    trial: Trial,
+    choices: Choices,
+    timings: Mapping[str, OperatorTiming],
+    activation: IntegerType | None,
+    *,
+    where: str,
+    evidence: Evidence,
 ) -> tuple[Verdict, Comparison] | None:
     """What the timings say of an operator, and how it stands against float by itself, with conversions.
 
@@ -309,16 +244,16 @@ def _verdict(
         if other in timings and _against(timings[name], timings[other]).is_faster(MARGIN_FRACTION):
             name, form = other, other_form
     chosen = timings[name].comparison
-    told = f"timed here, {trial.operator} of this size: {_told(chosen, name)}"
+    told = f"timed {where}, {trial.operator} of this size: {_told(chosen, name)}"
     with_conversions = timings.get(f"{name}{WITH_CONVERSIONS}")
     if with_conversions is None:
         form = "float" if chosen.is_slower(MARGIN_FRACTION) else form
-        return Verdict(form=form, reason=told), chosen
+        return Verdict(form=form, reason=told, evidence=evidence), chosen
     outside = with_conversions.comparison
     told = f"{told}; {_told(outside, 'with its conversions')}"
     if _beside_integers(timings[name], with_conversions).is_slower(MARGIN_FRACTION):
         form = "float"
-    return Verdict(form=form, reason=told), outside
+    return Verdict(form=form, reason=told, evidence=evidence), outside
 
 
 def _beside_integers(inside: OperatorTiming, outside: OperatorTiming) -> Comparison:

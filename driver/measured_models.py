@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..runtimes.base import Array
 
 FLOAT = "float"
+FLOAT16 = "fp16"
+"""The form of an operator whose tensors are all float16."""
 WITH_CONVERSIONS = " with conversions"
 """Of static forms: the float tensors around the operator are quantized and dequantized, too."""
 

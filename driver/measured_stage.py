@@ -11,11 +11,13 @@ import msgspec
 from ..compress.operands import TABLE_OPS
 from ..compress.propose import Request, propose
 from ..compress.quantize.static import static_layout
+from ..runtimes.base import SessionOptions
 from ..runtimes.device import Device, LocalDevice
 from ..runtimes.timing_cache import TimingCache
 from .cache import cache_folder
+from .device_planning import fit_device
 from .input_shapes import input_shapes
-from .local_benchmark import COMPILED, WITHOUT_OPTIONS, timing_inputs
+from .local_benchmark import COMPILED, WITHOUT_OPTIONS, time_against_baseline, timing_inputs
 from .measured import Measured, in_float
 from .measured_whole import (
     IN_FLOAT,
@@ -34,6 +36,7 @@ from .measured_whole import (
     weak_nodes,
     with_verdicts,
 )
+from .result import weakest_evidence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,10 +49,11 @@ if TYPE_CHECKING:
     from ..frontends.source import Source
     from ..graph.model import Model
     from ..graph.passes import PassRecord
-    from ..runtimes.base import SessionOptions
     from ..runtimes.timing import BenchmarkResult
-    from ..targets.profile import Form, TargetProfile
+    from ..targets.profile import Evidence, Form, TargetProfile
     from .candidate import Candidate
+    from .device_planning import Fit
+    from .pareto import ParetoLog
     from .reporter import Reporter
 
 _LARGEST_RIVALS_BYTES = 1 << 29
@@ -75,11 +79,14 @@ class MeasuredStages(ABC):
     ranges: Ranges
     current_plan: Plan
     candidate: Candidate
+    baseline_file: Path
+    pareto: ParetoLog
     timing: BenchmarkResult | None
     reverted: tuple[str, ...]
     notes: list[str]
     source_bytes: int
     device: Device
+    fit: Fit | None
     request: Request
     measured: Measured
     verdicts: Mapping[str, Verdict]
@@ -88,9 +95,40 @@ class MeasuredStages(ABC):
     session_config: dict[str, str] | None
 
     def __init__(self) -> None:
-        self.device = LocalDevice()
+        self.device, self.fit = LocalDevice(), None
         self.may_time = True
         self.begin()
+
+    def open_device(self, device: Device | None) -> None:
+        """Time on a device from here on, if it is the target.
+
+        Raises:
+            TargetError: if it is not.
+            NotSupported: if nothing of this target can be timed on a device.
+            RuntimeUnavailable: if it does not answer.
+        """
+        if device is None:
+            return
+        with self.reporter.stage("looking at the device"):
+            self.fit = fit_device(device, self.profile, allow_unmeasured=self.recipe.allow_unmeasured)
+        self.device = device
+        for note in self.fit.notes:
+            self.reporter.note(note)
+
+    @property
+    def on_target(self) -> bool:
+        """Whether what is timed is timed on the target, so that times decide."""
+        return self.profile.kind == "host" if self.fit is None else self.fit.decides
+
+    @property
+    def grade(self) -> Evidence:
+        """The grade of times that decide."""
+        return "measured-on-target" if self.fit is None else self.fit.evidence
+
+    @property
+    def timed_where(self) -> str:
+        """Where things are timed, in words."""
+        return "on this machine" if self.fit is None else f"on {self.device.name}"
 
     def begin(self) -> None:
         """Forget what was chosen: the stages may start on another model."""
@@ -115,9 +153,33 @@ class MeasuredStages(ABC):
     def warn(self, text: str) -> None:
         """Tell it and keep it."""
 
-    @abstractmethod
     def time(self, rivals: Sequence[TimedForm] = (), rounds: int | None = None) -> BenchmarkResult:
-        """Time the candidate against the model that went in, beside rivals."""
+        """Time the candidate beside the model that went in and rivals."""
+        feeds = timing_inputs(self.source, self.recipe)
+        threads = self.recipe.threads
+        forms = [(COMPILED, self.candidate.file, self.candidate.options(threads))]
+        if self.candidate.config:
+            forms.append((WITHOUT_OPTIONS, self.candidate.file, SessionOptions(threads=threads)))
+        timing = time_against_baseline(
+            self.baseline_file,
+            [*forms, *rivals],
+            feeds,
+            threads,
+            self.reporter,
+            rounds=rounds or self.recipe.benchmark_rounds,
+            with_memory=isinstance(self.device, LocalDevice),  # elsewhere the device's runner measures it
+            device=self.device,
+            inputs=self.candidate.model.inputs,
+        )
+        self.pareto.timed(self.candidate, timing)
+        return timing
+
+    def evidence(self) -> Evidence:
+        """Measured on the target only where the whole model was timed there."""
+        if self.on_target and self.timing is not None:
+            return self.grade
+        weakest = weakest_evidence(self.candidate.plan)
+        return "measured-elsewhere" if weakest == "measured-on-target" else weakest
 
     def settle_fusions(self) -> None:
         """Turn those fusions on that are faster here; with pins, as they say."""
@@ -125,7 +187,7 @@ class MeasuredStages(ABC):
         if pins is not None:
             self.fusions = dict(pins.fusions)
         self.prepared, self.records = self.prepare_with(self._switched())
-        if self.may_time and is_measured(self.profile, self.recipe):
+        if self.may_time and is_measured(self.recipe, on_target=self.on_target):
             (self.prepared, self.records), chosen = faster_fusions(
                 self.model,
                 (self.prepared, self.records),
@@ -146,7 +208,7 @@ class MeasuredStages(ABC):
         encoder = self.source.encoder
         longest = encoder.max_length if encoder else None
         shapes = input_shapes(self.source.model, self.recipe, longest)
-        if is_measured(self.profile, self.recipe):
+        if is_measured(self.recipe, on_target=self.on_target):
             request = dataclasses.replace(request, shapes=shapes)
         self.request, self.measured = settle_forms(
             request,
@@ -157,6 +219,8 @@ class MeasuredStages(ABC):
             cache=lambda: TimingCache(cache_folder(), self.device.features()),
             may_time=self.may_time,
             reporter=self.reporter,
+            on_target=self.on_target,
+            evidence=self.grade,
         )
         self.verdicts = self.measured.verdicts
         if self.measured.note is not None:
@@ -200,7 +264,8 @@ class MeasuredStages(ABC):
 
     def rivals(self) -> list[TimedForm]:
         """What the candidate is timed beside: its own float form, and itself with other session options."""
-        if not is_measured(self.profile, self.recipe) or self.source_bytes > _LARGEST_RIVALS_BYTES:
+        measured = is_measured(self.recipe, on_target=self.on_target)
+        if not measured or self.source_bytes > _LARGEST_RIVALS_BYTES:
             return []
         threads = self.recipe.threads
         plan = self.candidate.plan
@@ -218,7 +283,7 @@ class MeasuredStages(ABC):
         assert self.timing is not None
         names = [name for name, file, _ in rivals if file == self.candidate.file]
         names += [WITHOUT_OPTIONS] if self.candidate.config else []
-        if not names or not is_measured(self.profile, self.recipe):
+        if not names or not is_measured(self.recipe, on_target=self.on_target):
             return
         best = faster_options(self.timing, names)
         if best == COMPILED:
@@ -267,11 +332,13 @@ class MeasuredStages(ABC):
         if found is None:
             saved = 1 - self.candidate.file_bytes / max(self.source_bytes, 1)
             if is_tie(self.timing) and saved < _WORTH_A_TIE_FRACTION:
-                return f"INT8 is no faster than float on this machine, and saves {saved:.0%} of the file only"
+                return (
+                    f"INT8 is no faster than float {self.timed_where}, and saves {saved:.0%} of the file only"
+                )
             return None
         name, against = found
         than = "its own float form" if name == IN_FLOAT else "the model that went in"
-        return f"INT8 runs at {1 / against.ratio:.2f}x of {than}, on this machine"
+        return f"INT8 runs at {1 / against.ratio:.2f}x of {than}, {self.timed_where}"
 
     def _trimmed(self, *, further: bool) -> tuple[Plan, tuple[str, ...]] | None:
         """The plan without weak groups, and those; None where nothing would be left, or nothing changes."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..graph.model import Model
     from ..graph.passes import PassRecord
     from ..runtimes.base import Array
-    from ..targets.profile import Form, TargetProfile
+    from ..targets.profile import Evidence, Form, TargetProfile
     from .candidate import Candidate
     from .reporter import Reporter
 
@@ -51,10 +51,10 @@ _SHARE_OF_SWITCHES, _SHARE_OF_OPERATORS, SHARE_OF_PLANS = 0.2, 0.5, 0.3
 _WEAK_RATIO = 1.3
 
 
-def is_measured(profile: TargetProfile, recipe: Recipe) -> bool:
-    """Whether a compile makes its choices by time: for the host, unless pinned or told not to time."""
+def is_measured(recipe: Recipe, *, on_target: bool) -> bool:
+    """Whether a compile makes its choices by time: on the target, unless pinned or told not to time."""
     return (
-        profile.kind == "host"
+        on_target
         and recipe.pins is None
         and recipe.measure_seconds > 0
         and recipe.precision in ("auto", *INT8_PRECISIONS)
@@ -72,6 +72,8 @@ def settle_forms(
     cache: Callable[[], TimingCache],
     may_time: bool,
     reporter: Reporter,
+    on_target: bool,
+    evidence: Evidence = "measured-on-target",
 ) -> tuple[Request, Measured]:
     """The request with the forms that are settled: pinned ones, or those that timing chose.
 
@@ -84,6 +86,8 @@ def settle_forms(
         cache: opens the timings of that device.
         may_time: False asks the cache only (a dry run).
         reporter: progress.
+        on_target: whether the device is the target, so that its times decide.
+        evidence: their grade.
     """
     pins = recipe.pins
     if pins is not None:
@@ -95,7 +99,7 @@ def settle_forms(
             request, verdicts=verdicts, static_activation=pins.static_activation or request.static_activation
         )
         return settled, Measured()
-    if not is_measured(profile, recipe):
+    if not is_measured(recipe, on_target=on_target):
         return request, Measured()
     measured = measure_forms(
         model,
@@ -106,6 +110,7 @@ def settle_forms(
         threads=recipe.threads,
         budget_s=recipe.measure_seconds * _SHARE_OF_OPERATORS if may_time else 0.0,
         reporter=reporter,
+        evidence=evidence,
     )
     if recipe.precision in INT8_PRECISIONS:  # by name: the fastest integer form, even where float is faster
         kept = {name: item for name, item in measured.verdicts.items() if item.form != "float"}

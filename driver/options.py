@@ -336,6 +336,9 @@ def _add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     if option.kind == "flag":
         parser.add_argument(*option.flags, action="store_true", help=text)
         return
+    if option.kind == "optional":
+        parser.add_argument(*option.flags, nargs="?", const="", metavar=option.metavar, help=text)
+        return
     parser.add_argument(
         *option.flags,
         action="append" if option.kind == "append" else "store",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import msgspec
 
@@ -31,15 +31,44 @@ class Table:
 
 
 Block = str | Table
+CaseState = Literal["passed", "failed", "error", "skipped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing that a CI system shows as a test.
+
+    Attributes:
+        group: what belongs together.
+        reason: of a failure, in one or two words.
+        text: what is to be said of one that did not pass.
+        told: what was measured.
+    """
+
+    name: str
+    group: str
+    state: CaseState
+    text: str = ""
+    reason: str = ""
+    told: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a command found out, in both forms, and the exit code that goes with it."""
+    """What a command found out, in every form, and the exit code that goes with it.
+
+    Attributes:
+        document: for --json.
+        blocks: for people.
+        records: unrounded figures by column, for CSV.
+        cases: for JUnit.
+    """
 
     document: object
     blocks: Sequence[Block]
     exit_code: int = EXIT_OK
+    records: Sequence[Mapping[str, object]] = ()
+    cases: Sequence[Case] = ()
 
 
 def write_answer(answer: Answer, *, as_json: bool, stream: TextIO) -> None:
@@ -118,6 +147,23 @@ def format_ms(milliseconds: float) -> str:
         return "0 ms"
     digits = max(0, 2 - math.floor(math.log10(milliseconds)))
     return f"{milliseconds:.{digits}f} ms"
+
+
+def format_figure(value: float | None, unit: str) -> str:
+    """A figure in its unit (ms, bytes, fraction, joules or count); empty where there is none."""
+    if value is None:
+        return ""
+    if unit == "ms":
+        return format_ms(value)
+    if unit == "bytes":
+        return format_bytes(value)
+    if unit == "fraction":
+        return format_percent(value)
+    scales = {"joules": ((1, "J"), (1e-3, "mJ")), "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"))}[unit]
+    for scale, name in scales:
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {name}"
+    return f"{value / 1e-6:.3g} uJ" if unit == "joules" and value else f"{value:.3g}"
 
 
 def format_percent(fraction: float) -> str:

@@ -108,11 +108,7 @@ class PruneStages(LimitStages):
                 why="its ranges are those of the model before it was cut",
                 remedy="leave it out; the ranges of the cut model are calibrated from --calib",
             )
-        if (
-            self.recipe.min_speedup is not None
-            and "benchmark" in self.recipe.skip
-            and self.profile.kind == "host"
-        ):
+        if self.recipe.min_speedup is not None and "benchmark" in self.recipe.skip and self.on_target:
             raise RecipeError(
                 "--min-speedup cannot be held without the benchmark",
                 where="--skip benchmark",
@@ -129,7 +125,7 @@ class PruneStages(LimitStages):
             return
         if recipe.prune is not None:
             self._shrink(_macs, 1 - recipe.prune, "fraction")
-        if recipe.min_speedup is not None and self.profile.kind != "host":
+        if recipe.min_speedup is not None and not self.on_target:
             self._shrink(_macs, 1 / recipe.min_speedup, "speedup")
             self.warn(
                 f"--min-speedup on {self.profile.name} is predicted from multiply-accumulates: "
@@ -145,7 +141,7 @@ class PruneStages(LimitStages):
             size = self.candidate.file_bytes
             text = f"the model has {format_bytes(size)}, more than {format_bytes(recipe.max_size_bytes)}"
             found.append(Missed(goal="size", factor=size / recipe.max_size_bytes, text=text))
-        if recipe.min_speedup is not None and self.profile.kind == "host" and self.timing is not None:
+        if recipe.min_speedup is not None and self.on_target and self.timing is not None:
             ratios = [item.ratio for item in self.timing.comparisons if item.candidate == COMPILED]
             if ratios and ratios[0] < recipe.min_speedup:
                 text = f"the model is {ratios[0]:.2f}x as fast as what went in, not {recipe.min_speedup:g}x"

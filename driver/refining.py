@@ -169,7 +169,7 @@ def _float_entry(
 ) -> Refined | None:
     """First layers in float, where that is not slower here: timed as a whole model, interleaved."""
     static = {item.node for item in current.plan.decisions if item.form == "static"}
-    if feeds is None or given.profile.kind != "host" or given.recipe.pins is not None:
+    if feeds is None or not given.on_target or given.recipe.pins is not None:
         return None
     if not any(node.name in static for node in entries(current.model)):
         return None
@@ -186,7 +186,7 @@ def _shortcuts(
     nodes = tuple(shortcuts(current.model, current.plan))
     convolutions = any(item.form == "static" and item.op == "Conv" for item in current.plan.decisions)
     pins = given.recipe.pins
-    if not nodes or not convolutions or given.profile.kind != "host" or (feeds is None and pins is None):
+    if not nodes or not convolutions or not given.on_target or (feeds is None and pins is None):
         return current
     if pins is not None and not pins.fusions.get(SHORTCUT, False):
         return current
@@ -227,6 +227,7 @@ def _is_no_slower(
         given.reporter,
         rounds=given.recipe.benchmark_rounds,
         with_memory=False,
+        device=given.device,
     )
     return timed.comparisons[0].ratio >= _WORTHWHILE
 

@@ -12,9 +12,11 @@ from ..compress.plan import Plan
 from ..compress.recipe import Recipe
 from ..graph.passes import Refusal
 from ..targets.profile import Evidence
+from .device_planning import BundleRunner, DeviceRecord
 
 if TYPE_CHECKING:
     from ..calibration.drift import DriftReport
+    from ..runtimes.device import Device
     from ..runtimes.timing import BenchmarkResult
     from .pareto import ParetoTable
 
@@ -46,6 +48,7 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
             bundle's as it is loaded, further ones are named for what they are.
         stamps: marks on every figure ("data-free").
         next_commands: whole command lines to try next.
+        device: the device that it was timed on; None for this machine.
     """
 
     bundle: Path | None
@@ -61,6 +64,7 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     stamps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     next_commands: tuple[str, ...] = ()
+    device: DeviceRecord | None = None
 
 
 def weakest_evidence(plan: Plan) -> Evidence:
@@ -73,11 +77,18 @@ def weakest_evidence(plan: Plan) -> Evidence:
     return min(grades, key=_EVIDENCE_ORDER.index, default="none")
 
 
-def next_commands(place: Path | None, model: str) -> tuple[str, ...]:
-    """Whole command lines to try next on the bundle at `place` that came of `model`."""
+def next_commands(place: Path | None, model: str, device: Device | None = None) -> tuple[str, ...]:
+    """Whole command lines to try next on the bundle at `place` that came of `model`, and of its device."""
     if place is None:
         return ()
     folder = shlex.quote(str(place))
+    if isinstance(device, BundleRunner):
+        there = f"--device {shlex.quote(device.where)}"
+        return (
+            f"edgepress inspect {folder}",
+            f"edgepress verify {folder} {there}",
+            f"edgepress benchmark {folder} --baseline {shlex.quote(model)} {there}",
+        )
     return (
         f"edgepress inspect {folder}",
         f"edgepress verify {folder}",

@@ -88,7 +88,7 @@ def _timing_rows(result: CompileResult) -> list[Row]:
     before, after = timed.timings[0], timed.timings[1]
     rows: list[Row] = [
         ("latency, median", format_ms(before.p50_ms), format_ms(after.p50_ms), _change(result, timed)),
-        ("latency, p99", format_ms(before.p99_ms), format_ms(after.p99_ms), ""),
+        *_p99_row(before, after),
         ("load time", format_ms(before.load_ms), format_ms(after.load_ms), ""),
     ]
     if before.peak_memory_bytes is not None and after.peak_memory_bytes is not None:
@@ -96,6 +96,13 @@ def _timing_rows(result: CompileResult) -> list[Row]:
         rows.append(("peak memory", *peaks, ""))
     rows += [_further(timing, timed) for timing in timed.timings[2:]]
     return rows
+
+
+def _p99_row(before: Timing, after: Timing) -> list[Row]:
+    """Nothing where there were too few runs for it."""
+    if before.p99_ms is None or after.p99_ms is None:
+        return []
+    return [("latency, p99", format_ms(before.p99_ms), format_ms(after.p99_ms), "")]
 
 
 def _change(result: CompileResult, timed: BenchmarkResult) -> str:
@@ -156,9 +163,8 @@ def _how(result: CompileResult) -> list[str]:
     if result.benchmark is None:
         lines.append("Speed was not measured.")
     else:
-        where = (
-            "on the target" if result.evidence == "measured-on-target" else "on this machine, not the target"
-        )
+        place = "this machine" if result.device is None else result.device.name
+        where = "on the target" if result.evidence == "measured-on-target" else f"on {place}, not the target"
         lines.append(f"Speed {where}: threads {result.recipe.threads}, {measured_how(result.benchmark)}.")
     lines.append("Drift was not measured." if result.drift is None else measured_on(result.drift))
     lines += _unsure(result)

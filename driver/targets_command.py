@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,11 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     if arguments.subcommand == "list":
         return _list()
     if arguments.subcommand == "probe":
+        if arguments.measure:
+            from . import probe_measure
+
+            return probe_measure.run(arguments, reporter)
+        _refuse_without_measure(arguments)
         if on_devices(arguments):
             from . import device_checks, device_commands
 
@@ -50,6 +54,13 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
                 remedy="use it with `edgepress targets show host`",
             )
     return _profile(arguments.name, tuple(arguments.set or ()))
+
+
+def _refuse_without_measure(arguments: argparse.Namespace) -> None:
+    for option in ("export", "max_time", "threads"):
+        if getattr(arguments, option) is not None:
+            flag = f"--{option.replace('_', '-')}"
+            raise RecipeError(f"{flag} is about what is timed", where=flag, remedy="add --measure")
 
 
 def _list() -> Answer:
@@ -89,7 +100,10 @@ def _host(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     if timings:
         blocks.append(f"# Operators timed here ({cache.path}):\n{comment_lines(timing_rows(timings))}")
     else:
-        blocks.append("# No operator was timed here yet: `edgepress compile MODEL --target host` does.")
+        blocks.append(
+            "# No operator was timed here yet: `edgepress compile MODEL --target host` does, and "
+            "`edgepress targets probe --measure`."
+        )
     return Answer(document=document, blocks=blocks)
 
 
@@ -110,28 +124,10 @@ def _clear(reporter: Reporter) -> None:
 
 def _export(path: Path, profile: TargetProfile, cache: TimingCache, reporter: Reporter) -> None:
     """Write the host's profile with its timed kernels, whole or not at all."""
-    from ..targets.registry import to_toml
     from .measured_profile import measured_profile
+    from .profile_file import check_place, write_profile
 
-    if path.suffix != ".toml":
-        raise OutputError(
-            "a profile is a .toml file", where=f"--export {path}", remedy=f"write --export {path}.toml"
-        )
-    made = measured_profile(profile, cache.timings(), cache.device, name=path.stem)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.exists():
-            raise FileExistsError(17, "it exists already", str(path))
-        part.write_text(to_toml(made), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(
-            "the profile cannot be written",
-            where=str(path),
-            why=error.strerror,
-            remedy="choose another place with --export, or remove the old file",
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    made = measured_profile(profile, cache.timings(), cache.device, name=check_place(path).stem)
+    write_profile(path, made)
     timed = sum(kernel.evidence == "measured-on-target" for kernel in made.kernels)
     reporter.note(f"{path}: {timed} kernels as timed here; use it with --target {path}")

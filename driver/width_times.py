@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +18,13 @@ from ..graph.save import to_bytes
 from ..runtimes.base import SessionOptions
 from ..runtimes.device import Form
 from ..runtimes.timing import Schedule
+from ..runtimes.timing_jobs import TimingJob, time_jobs
 from .measured_models import Trial, float_model
 
 if TYPE_CHECKING:
     from ..compress.prune.prune import Pruner
     from ..graph.model import Model
+    from ..runtimes.base import Array
     from ..runtimes.device import Device
     from .reporter import Reporter
 
@@ -29,6 +33,10 @@ _SCHEDULE = Schedule(
 )
 _PARTS = (0.25, 0.5, 0.75)
 """The parts of a group that it is timed with, besides the whole; in between is interpolated."""
+
+
+_Key: TypeAlias = tuple[str, tuple[tuple[int, ...], ...], tuple[tuple[str, str], ...]]
+_Job: TypeAlias = "tuple[Form, Mapping[str, Array]]"
 
 
 class WidthTimes:
@@ -58,11 +66,12 @@ class WidthTimes:
     ) -> None:
         self.pruner, self._sizes = pruner, sizes
         self._device, self._threads = device, threads
-        self._known: dict[tuple[object, ...], float | None] = {}
+        self._known: dict[_Key, float | None] = {}
+        self._pending: dict[_Key, _Job] = {}
         works = pruner.coupling.tracer.works
-        self._own = np.array(
-            [self._time(pruner.coupling.model, str(work.node.name)) or 0.0 for work in works]
-        )
+        keys = [self._wanted(pruner.coupling.model, str(work.node.name)) for work in works]
+        self._measure()
+        self._own = np.array([self._ms(key) or 0.0 for key in keys])
         # Parts of a group's width and the part of the time that each layer takes there.
         self._tables: list[dict[int, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]] = []
         with reporter.stage("timing layers at other widths", len(pruner.groups)) as stage:
@@ -105,21 +114,29 @@ class WidthTimes:
         ]
         count = len(units)
         widths = sorted({max(round(part * count), 1) for part in _PARTS} - {count})
-        rows: dict[int, list[float]] = {place: [] for place in touched}
+        keys: dict[int, list[_Key | None]] = {place: [] for place in touched}
         for width in widths:
             model = cut(pruner.coupling, marked(pruner.coupling, pruner.curves[group].removed(width)))
             for place in touched:
-                found = self._time(model, str(works[place].node.name))
-                whole = float(self._own[place])
-                rows[place].append((whole if found is None else min(found, whole)) / whole)
+                keys[place].append(self._wanted(model, str(works[place].node.name)))
+        self._measure()
+        rows = {place: [self._part(place, key) for key in keys[place]] for place in touched}
         grid = np.array([0.0, *widths, count], np.float64)
         return {
             place: (grid, np.maximum.accumulate(np.array([min(parts, default=1.0) / 2, *parts, 1.0])))
             for place, parts in rows.items()
         }
 
-    def _time(self, model: Model, name: str) -> float | None:
-        """Milliseconds of one node of a model; nodes that are alike are timed once."""
+    def _part(self, place: int, key: _Key | None) -> float:
+        """The part of a layer's time that is left; never more than the whole."""
+        found, whole = self._ms(key), float(self._own[place])
+        return (whole if found is None else min(found, whole)) / whole
+
+    def _ms(self, key: _Key | None) -> float | None:
+        return None if key is None else self._known.get(key)
+
+    def _wanted(self, model: Model, name: str) -> _Key | None:
+        """What one node of a model is timed under, once `_measure` has run; nodes alike are timed once."""
         node = next((node for node in model.graph if node.name == name), None)
         if node is None:
             return None
@@ -127,12 +144,12 @@ class WidthTimes:
             () if value is None else (concrete_shape(value, self._sizes) or ()) for value in node.inputs
         )
         attributes = tuple(sorted((key, str(value.value)) for key, value in node.attributes.items()))
-        key = (node.op_type, shapes, attributes)
-        if key not in self._known:
-            self._known[key] = self._timed(node, shapes)
-        return self._known[key]
+        key: _Key = (node.op_type, shapes, attributes)
+        if key not in self._known and key not in self._pending:
+            self._prepare(key, node, shapes)
+        return key
 
-    def _timed(self, node: ir.Node, shapes: tuple[tuple[int, ...], ...]) -> float | None:
+    def _prepare(self, key: _Key, node: ir.Node, shapes: tuple[tuple[int, ...], ...]) -> None:
         trial = Trial(
             nodes=(str(node.name),),
             decisions=(),
@@ -145,10 +162,25 @@ class WidthTimes:
         )
         try:
             model, feeds = float_model(trial)
-            form = Form(
-                name=node.op_type, model=to_bytes(model), options=SessionOptions(threads=self._threads)
-            )
-            return self._device.time([form], feeds, _SCHEDULE).timings[0].p50_ms
+            options = SessionOptions(threads=self._threads)
+            self._pending[key] = Form(name=node.op_type, model=to_bytes(model), options=options), feeds
         except EdgepressError:
             # A node whose shapes are not known alone counts with what nothing touches.
-            return None
+            self._known[key] = None
+
+    def _measure(self) -> None:
+        """Time what is pending, in one go."""
+        keys = list(self._pending)
+        jobs = [
+            TimingJob(build=functools.partial(_job, self._pending[key]), schedule=_SCHEDULE) for key in keys
+        ]
+        self._known |= dict.fromkeys(keys)
+        for outcome in time_jobs(self._device, jobs, budget_s=math.inf):
+            if outcome.result is not None:
+                self._known[keys[outcome.index]] = outcome.result.timings[0].p50_ms
+        self._pending.clear()
+
+
+def _job(pending: _Job) -> tuple[list[Form], Mapping[str, Array]]:
+    form, feeds = pending
+    return [form], feeds

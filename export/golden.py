@@ -2,7 +2,8 @@
 
 A quantized network is chaotic at float noise: one rounding moves one 8-bit value, the next layer's
 scale follows. So what is asked of another machine is a distance, measured at compile time between
-lowerings of the very same file that are numerically equal (onnxruntime's optimizations on and off).
+lowerings of the very same file that are numerically equal (onnxruntime's optimizations on and off), and
+with its float constants a rounding away.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..compress.typed.twin import open_session
 from ..graph.errors import DataError, ModelError, Unavailable, UserError
 from ..graph.model import Model
 from ..runtimes.base import Runner, SessionOptions
+from ..runtimes.ort_runtime import OrtSession
 from .environment import numeric_environment
 from .manifest import (
     GoldenRecord,
@@ -32,6 +34,7 @@ from .manifest import (
     SessionSettings,
 )
 from .npz import npz_bytes
+from .nudged import nudged
 from .samples import Array, Feeds, candidate_inputs, probe_inputs
 
 Numerics = Literal["float32", "float16", "bfloat16", "int8"]
@@ -41,6 +44,7 @@ Opener = Callable[[SessionOptions], Runner]
 # Outputs of some inputs, and the outputs of the same inputs another time or another way.
 _Variant = tuple[Sequence[Feeds], Sequence[Feeds]]
 _MARGIN = 4.0
+_NUDGES = 2
 # The least that is allowed, whatever was measured: relative L2, and the fraction of differing
 # integers. float32: other summation orders. 16-bit floats: a few roundings of their own (fp16
 # arithmetic was seen 0.016 apart between two cores). int8: one step of the 8-bit grid.
@@ -60,8 +64,9 @@ _LOOKUPS = frozenset({"Gather", "Slice"})
 _QUANTIZING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QAttention", "DynamicQuantizeMatMul"})
 METHOD = (
     f"{_MARGIN:g} x the largest drift between onnxruntime sessions of this file with the bundle's "
-    "options and with graph optimizations off or at the default, over the golden samples and (for "
-    "int8) eight further generated inputs; not below a floor for the arithmetic in use"
+    "options and with graph optimizations off or at the default and (for int8) with float constants "
+    "moved by a unit in the last place, over the golden samples and (for int8) eight further generated "
+    "inputs; not below a floor for the arithmetic in use"
 )
 
 
@@ -136,6 +141,8 @@ def measure_golden(
     repeats = [reference.run(sample) for sample in samples]
     del reference
     variants = [(outputs, repeats), *_other_lowerings(model, opened, settings, threads, pairs)]
+    if numerics == "int8":
+        variants += _nudged_runs(model, settings.options(threads=threads), pairs)
     record = GoldenRecord(
         source=source or ("generated" if inputs is None else "data"),
         seed=seed,
@@ -311,6 +318,19 @@ def _other_lowerings(
             options = msgspec.structs.replace(settings, graph_optimization_level=level)
             session = _session(model, opened, options.options(threads=threads))
             found.append(([output for _, output in pairs], [session.run(sample) for sample, _ in pairs]))
+    return found
+
+
+def _nudged_runs(
+    model: Model, options: SessionOptions, pairs: Sequence[tuple[Feeds, Feeds]]
+) -> list[_Variant]:
+    """The same inputs with float constants a rounding away, as kernels of another machine are."""
+    found: list[_Variant] = []
+    for seed in range(_NUDGES):
+        with contextlib.suppress(UserError, Unavailable):
+            if (other := nudged(model, seed)) is not None:
+                session = OrtSession.from_model(other, options)
+                found.append(([output for _, output in pairs], [session.run(sample) for sample, _ in pairs]))
     return found
 
 

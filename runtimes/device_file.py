@@ -23,7 +23,7 @@ class DeviceEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     Attributes:
         name: the name of its table.
-        url: `local` or `ssh://[user@]host[:port]`.
+        url: `local`, `ssh://[user@]host[:port]` or `emulated:NAME`.
         groups: names that several devices are chosen by.
         python: the Python to start there, in place of python3; its own runtime is taken as it is.
         wheels: a folder of wheels here, relative to the devices file.
@@ -45,7 +45,6 @@ def read_devices(path: Path) -> tuple[DeviceEntry, ...]:
 
     Raises:
         RecipeError: if it cannot be read, is no TOML, has no device, an unknown key, or a wrong value.
-        NotSupported: if a URL is of a kind that is not supported yet.
     """
     where = f"--devices {path}"
     try:

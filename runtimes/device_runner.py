@@ -29,12 +29,16 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
 import platform
+import queue
 import random
 import re
 import signal
@@ -50,7 +54,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     Feeds = Mapping[str, Any]
     Command = Callable[[Sequence[str], float], "str | None"]
@@ -95,6 +99,14 @@ class RuntimeUnusable(RunnerError):
     """The runtime is missing here, dies here, or cannot run this model."""
 
     exit_code = EXIT_UNAVAILABLE
+
+
+class ChildFailed(RuntimeUnusable):
+    """A child process ended without the report that it was started for; `end` says how."""
+
+    def __init__(self, what: str, end: ChildEnd) -> None:
+        super().__init__(f"{what} ends with {end.ending}", why=end.message)
+        self.end = end
 
 
 def dump_json(value: Any) -> str:
@@ -400,10 +412,18 @@ class Probe:
     Attributes:
         root: what stands for "/".
         command: runs a program for at most so many seconds; its output, or None if it failed or is not there.
+        gpus: gives NVML; this machine's own by default, none for a recorded board.
     """
 
     root: Path = Path("/")
     command: Command | None = None
+    gpus: Callable[[], Nvml | None] | None = None
+
+    def nvml(self) -> Nvml | None:
+        """NVIDIA's management library where there are GPUs."""
+        if self.gpus is not None:
+            return self.gpus()
+        return load_nvml() if self.root == Path("/") else None
 
     def text(self, path: str | Path) -> str | None:
         """The stripped text of a file below the root; None if it cannot be read."""
@@ -517,18 +537,22 @@ def read_device(probe: Probe) -> dict[str, Any]:
     """What the run was made on: board, processor, memory, system, and the cores this process may use."""
     board = probe.text("proc/device-tree/model") or probe.text("sys/firmware/devicetree/base/model")
     memory = re.search(r"^MemTotal:\s+(\d+) kB", probe.text("proc/meminfo") or "", re.MULTILINE)
-    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return {
         "board": board,
         "cpu": read_cpu(probe),
         "memory_bytes": int(memory[1]) * 1024 if memory else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "affinity": affinity,
+        "affinity": own_affinity(),
         "load_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "governor": probe.text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "power_mode": read_power_mode(probe),
     }
+
+
+def own_affinity() -> list[int] | None:
+    """The cores that this process may use; None where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def is_emulated(device: Mapping[str, Any]) -> bool:
@@ -565,6 +589,11 @@ class ChildEnd:
     at_ms: list[float]
     code: int | None
     message: str
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in words."""
+        return self.signal_name or ("a timeout" if self.code is None else f"exit status {self.code}")
 
     def report(self, stage: str) -> dict[str, Any] | None:
         """What it said at a stage; None if it never got there."""
@@ -645,8 +674,10 @@ def child_main(request_file: str) -> int:
     _report(
         "onnxruntime", version=ort.__version__, providers=ort.get_available_providers(), import_ms=import_ms
     )
-    if request.get("what") != "first":
+    if request["what"] == "import":
         return EXIT_OK
+    if request["what"] == "loadgen":
+        return loadgen_child(ort, request)
     imports_bytes = own_peak_bytes()
     feeds = read_npz(Path(request["feeds"]), request["names"])
     settings = SessionSettings(request["threads"], request["level"], request["config"], request["provider"])
@@ -683,7 +714,11 @@ def own_peak_bytes() -> int | None:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return None
+        if sys.platform != "darwin":
+            return None
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
@@ -1157,8 +1192,22 @@ def student_95(degrees: int) -> float:
     return _STUDENT_95[degrees - 1] if degrees <= len(_STUDENT_95) else 1.960 + 2.46 / degrees
 
 
+def pair_ratio(before: Sequence[float], after: Sequence[float]) -> float:
+    """How many times as long the runs of one session took as those of another that they alternated with.
+
+    The median of the ratios of neighbouring runs: what else the machine does, and its clock, change more
+    slowly than runs alternate, and slow down both of two neighbours. The ratio of the two medians would
+    compare one's quiet times with the other's busy ones.
+
+    Args:
+        before: latencies in the order of their runs.
+        after: of the runs in between, as many.
+    """
+    return statistics.median(one / other for one, other in zip(before, after))
+
+
 def ratio_interval(ratios: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """The geometric mean of ratios with its 95 % interval, by Student's t on their logarithms.
+    """The geometric mean of ratios (or times) with its 95 % interval, by Student's t on their logarithms.
 
     Each ratio comes from a pair of fresh sessions: within a pair the noise is shared, between pairs it is
     not. With one ratio there is no interval.
@@ -1233,6 +1282,9 @@ def early_stopping_bound(
 # 7. Timing
 
 _WINDOW, _STEADY_FRACTION, _MOST_WARM_UP_FOLD, _MOST_RUNS_FOLD = 5, 0.05, 10, 50
+_LEAST_WARM_UP_RUNS, _LEAST_RUNS = 2, 3
+# A session's own percentile says something where so many of its runs lie beyond.
+_LEAST_BEYOND = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1252,6 +1304,8 @@ class Plan:
         runs: timed runs of each in a pair, at least; up to 50 times as many until `least_pair_s` have passed.
         warm_up_runs: untimed runs at least; more until two windows of 5 agree within 5 %, at most ten times.
         limit_s: no new pair after so many seconds, once there are two.
+        most_pair_s: a pair stops before its `runs` after so many seconds, once there are 3 runs of each.
+        warm_up_limit_s: likewise the warm-up of one session, after 2 runs.
     """
 
     pairs: int = 8
@@ -1259,6 +1313,8 @@ class Plan:
     warm_up_runs: int = 5
     least_pair_s: float = 0.2
     limit_s: float = 120.0
+    most_pair_s: float = math.inf
+    warm_up_limit_s: float = math.inf
 
 
 def time_entries(
@@ -1292,7 +1348,7 @@ def time_entries(
             found[entry.name]["load_ms"].append(load_ms)
         for name, step in opened:
             found[name]["warm_up_runs"] += warm_up(step, plan, clock_ns)
-        for name, series in _interleave(opened, plan, clock_ns).items():
+        for name, series in timed_runs(opened, plan, clock_ns).items():
             found[name]["series_ns"].append(series)
         del opened, step
         if between is not None:
@@ -1314,21 +1370,23 @@ def warm_up(step: Callable[[], Any], plan: Plan, clock_ns: Callable[[], int] = t
             earlier = statistics.median(series[-2 * _WINDOW : -_WINDOW])
             if abs(statistics.median(series[-_WINDOW:]) - earlier) <= _STEADY_FRACTION * earlier:
                 break
+        if len(series) >= _LEAST_WARM_UP_RUNS and sum(series) / 1e9 > plan.warm_up_limit_s:
+            break
     return len(series)
 
 
-def _interleave(
-    opened: Sequence[tuple[str, Callable[[], Any]]], plan: Plan, clock_ns: Callable[[], int]
+def timed_runs(
+    opened: Sequence[tuple[str, Callable[[], Any]]],
+    plan: Plan,
+    clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, list[int]]:
-    """One run of each in turn; the garbage collector waits."""
+    """Latencies in ns by name, one run of each in turn; the garbage collector waits."""
     series: dict[str, list[int]] = {name: [] for name, _ in opened}
     collecting = gc.isenabled()
     started, done = clock_ns(), 0
     gc.disable()
     try:
-        while done < plan.runs or (
-            done < _MOST_RUNS_FOLD * plan.runs and (clock_ns() - started) / 1e9 < plan.least_pair_s
-        ):
+        while _goes_on(plan, done, (clock_ns() - started) / 1e9):
             for name, step in opened:
                 before = clock_ns()
                 step()
@@ -1340,6 +1398,12 @@ def _interleave(
     return series
 
 
+def _goes_on(plan: Plan, done: int, elapsed_s: float) -> bool:
+    if done < plan.runs:
+        return done < _LEAST_RUNS or elapsed_s <= plan.most_pair_s
+    return done < _MOST_RUNS_FOLD * plan.runs and elapsed_s < plan.least_pair_s
+
+
 def latency_of(timed: Mapping[str, Any], samples_per_run: int = 1) -> dict[str, Any]:
     """The summary of one entry of `time_entries`, with load time and throughput."""
     flat = [value for series in timed["series_ns"] for value in series]
@@ -1348,14 +1412,74 @@ def latency_of(timed: Mapping[str, Any], samples_per_run: int = 1) -> dict[str, 
     found["warm_up_runs"] = timed["warm_up_runs"]
     found["load_ms"] = statistics.median(timed["load_ms"])
     found["throughput_per_s"] = samples_per_run * 1000.0 / found["mean_ms"]
+    found["session_ms"] = session_figures(timed["series_ns"], timed["load_ms"])
+    fewest = min(len(series) for series in timed["series_ns"])
+    intervals = [
+        widened(
+            found["intervals_ms"][name],
+            found["session_ms"].get(name, ()) if fewest * (1 - fraction) >= _LEAST_BEYOND else (),
+        )
+        for name, fraction in QUANTILES
+    ]
+    found["intervals_ms"] = dict(zip(found["intervals_ms"], in_order(intervals)))
+    return found
+
+
+def widened(bounds: Sequence[float | None], sessions: Sequence[float]) -> list[float | None]:
+    """An interval of order statistics, wide enough for what the sessions' own percentiles say.
+
+    Order statistics take all runs as independent of each other. Runs of one session are not: it has its
+    place in memory, and what else the machine did just then.
+
+    Args:
+        bounds: low and high over all runs; None is not bounded, and stays so.
+        sessions: the same percentile of each session; they count from two on.
+    """
+    if len(sessions) < 2:
+        return list(bounds)
+    _, low, high = ratio_interval(sessions)
+    sides = zip(bounds, (low, high), (min, max))
+    return [None if side is None or own is None else wider(side, own) for side, own, wider in sides]
+
+
+def in_order(intervals: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
+    """Intervals of ever higher percentiles: none is below the low side, or above the high side, of another.
+
+    A percentile is at least as large as a lower one, so what bounds one from below bounds the next, too.
+    """
+    lows, highs = [low for low, _ in intervals], [high for _, high in intervals]
+    for index in range(1, len(lows)):
+        low, before = lows[index], lows[index - 1]
+        if low is not None and before is not None:
+            lows[index] = max(low, before)
+    for index in range(len(highs) - 2, -1, -1):
+        high, after = highs[index], highs[index + 1]
+        if high is not None and after is not None:
+            highs[index] = min(high, after)
+    return [[low, high] for low, high in zip(lows, highs)]
+
+
+def session_figures(series_ns: Sequence[Sequence[int]], load_ms: Sequence[float]) -> dict[str, list[float]]:
+    """Load time, mean and percentiles in ms, one value per session: runs made apart are compared by these.
+
+    A percentile that some session has too few runs for is left out.
+    """
+    ordered = [sorted(series) for series in series_ns]
+    fewest = min(len(series) for series in ordered)
+    found = {
+        "load": [float(value) for value in load_ms],
+        "mean": [sum(series) / len(series) / 1e6 for series in ordered],
+    }
+    for name, fraction in QUANTILES:
+        if fewest * (1 - fraction) >= 1 - 1e-9:
+            found[name] = [percentile(series, fraction) / 1e6 for series in ordered]
     return found
 
 
 def compare(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:
-    """Baseline time / candidate time: pairs' ratios of medians, their geometric mean, its 95 % interval."""
+    """Baseline time / candidate time: the pairs' ratios, their geometric mean, its 95 % interval."""
     ratios = [
-        statistics.median(before) / statistics.median(after)
-        for before, after in zip(baseline["series_ns"], candidate["series_ns"])
+        pair_ratio(before, after) for before, after in zip(baseline["series_ns"], candidate["series_ns"])
     ]
     ratio, low, high = ratio_interval(ratios)
     return {"ratio": ratio, "low": low, "high": high, "pair_ratios": ratios}
@@ -1406,33 +1530,16 @@ def cold_starts(
     """Process start → first result, in fresh processes: medians in ms, and the largest peak memory.
 
     Raises:
-        RuntimeUnusable: if the process dies.
+        ChildFailed: if the process dies.
     """
-    import numpy as np
-
     starts = []
     with tempfile.TemporaryDirectory(prefix="edgepress-runner-") as folder:
-        arrays = Path(folder) / "feeds.npz"
-        plain = {
-            name: array.astype(str) if array.dtype.kind == "O" else array for name, array in feeds.items()
-        }
-        with arrays.open("wb") as file:
-            np.savez(file, **plain)
-        request = {
-            "what": "first",
-            "model": str(model.resolve()),
-            "feeds": str(arrays),
-            "names": list(feeds),
-            **dataclasses.asdict(settings),
-        }
+        request = _model_request("first", model, feeds, settings, Path(folder))
         for _ in range(repeats):
             end = run_child(request, timeout_s=timeout_s)
             report = end.report("first")
             if report is None or end.code != 0:
-                ending = end.signal_name or ("a timeout" if end.code is None else f"exit status {end.code}")
-                raise RuntimeUnusable(
-                    f"a fresh process that runs the model once ends with {ending}", why=end.message
-                )
+                raise ChildFailed("a fresh process that runs the model once", end)
             starts.append({**report, "cold_start_ms": end.at_ms[-1]})
     found: dict[str, Any] = {
         key: statistics.median(item[key] for item in starts)
@@ -1441,7 +1548,27 @@ def cold_starts(
     for key in ("peak_memory_bytes", "imports_bytes"):
         values = [item[key] for item in starts if item[key] is not None]
         found[key] = max(values) if values else None
+    found["each_ms"] = [item["cold_start_ms"] for item in starts]
     return {**found, "processes": len(starts)}
+
+
+def _model_request(
+    what: str, model: Path, feeds: Feeds, settings: SessionSettings, folder: Path
+) -> dict[str, Any]:
+    """A request to a child process that opens a model; its inputs are written into `folder`."""
+    import numpy as np
+
+    arrays = folder / "feeds.npz"
+    plain = {name: array.astype(str) if array.dtype.kind == "O" else array for name, array in feeds.items()}
+    with arrays.open("wb") as file:
+        np.savez(file, **plain)
+    return {
+        "what": what,
+        "model": str(model.resolve()),
+        "feeds": str(arrays),
+        "names": list(feeds),
+        **dataclasses.asdict(settings),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1452,8 +1579,11 @@ _PI_BITS = {0: "under-voltage", 1: "Arm frequency capped", 2: "throttled", 3: "s
 _PI_SINCE_BOOT = 16
 # A Jetson rail by one of these names carries all that the board or module draws.
 _WHOLE_BOARD = ("VDD_IN", "POM_5V_IN")
-# On an AGX Orin the memory's rail is fed from the 5 V rail, which is counted already.
+# On an AGX Orin the memory's rail is fed from the 5 V rail (its monitor reads the same 5 V), which is
+# counted already.
 _FED_FROM = {"VDDQ_VDD2_1V8AO": "VIN_SYS_5V0"}
+# An AGX Orin Industrial also has monitors on the carrier board's own supplies, beside the module's rails.
+_CARRIER_RAILS = "CVB_"
 _TEGRASTATS_RAIL = re.compile(r"(?<!\S)([A-Z][A-Z0-9_]*) (\d+)(?:mW)?/(\d+)(?:mW)?(?!\S)")
 
 
@@ -1517,7 +1647,8 @@ def whole_board(rails: Mapping[str, float]) -> tuple[float, list[str]]:
     for name in _WHOLE_BOARD:
         if name in rails:
             return rails[name], [name]
-    used = [name for name in rails if _FED_FROM.get(name) not in rails]
+    module = [name for name in rails if not name.startswith(_CARRIER_RAILS)]
+    used = [name for name in module if _FED_FROM.get(name) not in rails]
     return sum(rails[name] for name in used), used
 
 
@@ -1553,10 +1684,10 @@ class PowerMeter:
 
 
 class EnergyCounter:
-    """Joules from counters of energy that wrap: (file, largest value) of each zone, in microjoules."""
+    """Joules from counters of energy that wrap: (what reads it, largest value) of each, in microjoules."""
 
-    def __init__(self, name: str, covers: str, probe: Probe, zones: Sequence[tuple[Path, int]]) -> None:
-        self.name, self.covers, self._probe, self._zones = name, covers, probe, list(zones)
+    def __init__(self, name: str, covers: str, zones: Sequence[tuple[Callable[[], int | None], int]]) -> None:
+        self.name, self.covers, self._zones = name, covers, list(zones)
         self.restart()
 
     def restart(self) -> None:
@@ -1567,7 +1698,7 @@ class EnergyCounter:
 
     def sample(self, now_s: float) -> None:
         """Read once; a counter that went down has wrapped once: read more often than that takes (minutes)."""
-        values = [self._probe.number(path) for path, _ in self._zones]
+        values = [read() for read, _ in self._zones]
         known = [value for value in values if value is not None]
         if len(known) != len(values):
             return
@@ -1584,6 +1715,92 @@ class EnergyCounter:
     def covered_s(self) -> float:
         """How long a time the readings cover."""
         return self._last_s - self._first_s
+
+
+class Nvml:
+    """NVIDIA's management library: energy, power and slow-downs of every GPU that it sees.
+
+    Only what a GPU answers is there: a call that fails gives None.
+
+    Source: NVML API reference, nvmlDeviceGetTotalEnergyConsumption, nvmlDeviceGetPowerUsage,
+    nvmlDeviceGetCurrentClocksThrottleReasons.
+    """
+
+    def __init__(self, library: Any) -> None:
+        """Initialise the library and find the GPUs.
+
+        Raises:
+            OSError: if the library has no such functions, or does not come up.
+        """
+        self._library = library
+        try:
+            count = ctypes.c_uint(0)
+            started = library.nvmlInit_v2() == 0
+            if not started or library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+                raise OSError("NVML does not come up")
+            self._gpus = []
+            for index in range(count.value):
+                handle = ctypes.c_void_p()
+                if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)) == 0:
+                    self._gpus.append(handle)
+        except AttributeError as error:
+            raise OSError(str(error)) from error
+
+    def _read(self, function: str, gpu: ctypes.c_void_p, value: Any) -> int | None:
+        try:
+            code = getattr(self._library, function)(gpu, ctypes.byref(value))
+        except AttributeError:
+            return None
+        return int(value.value) if code == 0 else None
+
+    def energy_counters(self) -> list[Callable[[], int | None]]:
+        """What reads each GPU's energy in microjoules; none where one of them does not count it."""
+        readers = [functools.partial(self._energy_uj, gpu) for gpu in self._gpus]
+        return list(readers) if all(read() is not None for read in readers) else []
+
+    def _energy_uj(self, gpu: ctypes.c_void_p) -> int | None:
+        millijoules = self._read("nvmlDeviceGetTotalEnergyConsumption", gpu, ctypes.c_ulonglong())
+        return None if millijoules is None else 1000 * millijoules
+
+    def watts(self) -> float | None:
+        """The power of all GPUs that answer; None if none does."""
+        found = [self._read("nvmlDeviceGetPowerUsage", gpu, ctypes.c_uint()) for gpu in self._gpus]
+        known = [milliwatts for milliwatts in found if milliwatts is not None]
+        return sum(known) / 1e3 if known else None
+
+    def slowdowns(self) -> list[str] | None:
+        """What slows a GPU down now: heat, a power brake; None if no GPU tells.
+
+        The power limit that a card keeps to under load (SW power cap) is its usual way of working.
+        """
+        found: list[str] = []
+        known = False
+        for index, gpu in enumerate(self._gpus):
+            reasons = self._read("nvmlDeviceGetCurrentClocksThrottleReasons", gpu, ctypes.c_ulonglong())
+            if reasons is not None:
+                known = True
+                found += [f"GPU {index}: {name}" for bit, name in _GPU_SLOWDOWNS.items() if reasons & bit]
+        return found if known else None
+
+
+_GPU_SLOWDOWNS = {
+    0x08: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake slowdown",
+}
+_NO_WRAP_UJ = 1000 << 64
+_NVML_LIBRARIES = {"linux": "libnvidia-ml.so.1", "win32": "nvml.dll"}
+
+
+@functools.lru_cache(maxsize=1)
+def load_nvml() -> Nvml | None:
+    """NVML of this machine; None where there is none or it finds no driver."""
+    name = _NVML_LIBRARIES.get(sys.platform)
+    try:
+        return Nvml(ctypes.CDLL(name)) if name is not None else None
+    except OSError:
+        return None
 
 
 if TYPE_CHECKING:
@@ -1607,9 +1824,22 @@ def find_meters(probe: Probe) -> tuple[list[Meter], list[str]]:
     counter, note = _rapl(probe)
     meters += [counter] if counter is not None else []
     notes += [note] if note else []
-    if _gpu_watts(probe) is not None:
-        meters.append(PowerMeter("nvidia-smi", "NVIDIA GPUs, boards included", lambda: _gpu_watts(probe)))
+    gpus = _gpu_meter(probe)
+    meters += [gpus] if gpus is not None else []
     return meters, notes
+
+
+def _gpu_meter(probe: Probe) -> Meter | None:
+    """NVIDIA's cards through NVML: counters of energy where they have them, else power; else nvidia-smi."""
+    covers = "NVIDIA GPUs, boards included"
+    nvml = probe.nvml()
+    if nvml is not None and nvml.energy_counters():
+        return EnergyCounter("NVML", covers, [(read, _NO_WRAP_UJ) for read in nvml.energy_counters()])
+    if nvml is not None and nvml.watts() is not None:
+        return PowerMeter("NVML", covers, nvml.watts)
+    if _gpu_watts(probe) is not None:
+        return PowerMeter("nvidia-smi", covers, lambda: _gpu_watts(probe))
+    return None
 
 
 def _total(rails: Mapping[str, float]) -> float | None:
@@ -1642,10 +1872,10 @@ def _rapl(probe: Probe) -> tuple[EnergyCounter | None, str | None]:
         if probe.number(folder / "energy_uj") is None:
             unreadable = True
             continue
-        zones.append((folder / "energy_uj", limit))
+        zones.append((functools.partial(probe.number, folder / "energy_uj"), limit))
         names.append(name)
     if zones:
-        return EnergyCounter("RAPL", "+".join(names), probe, zones), None
+        return EnergyCounter("RAPL", "+".join(names), zones), None
     note = "RAPL is there but not readable: energy needs root, or read permission on energy_uj"
     return None, note if unreadable else None
 
@@ -1743,8 +1973,13 @@ def read_power_mode(probe: Probe) -> str | None:
     return match[1].strip() if match else None
 
 
-def read_state(probe: Probe) -> dict[str, Any]:
-    """Clock, temperature, and every sign of throttling or lost voltage that this machine gives, or None."""
+def read_state(probe: Probe, *, gpus: bool = False) -> dict[str, Any]:
+    """Clock, temperature, and every sign of throttling or lost voltage that this machine gives, or None.
+
+    Args:
+        probe: where to read.
+        gpus: also what slows NVIDIA's GPUs down, where they are what runs the model.
+    """
     now, since_boot = None, None
     answer = probe.run("vcgencmd", "get_throttled") or probe.text(
         "sys/devices/platform/soc/soc:firmware/get_throttled"
@@ -1763,6 +1998,10 @@ def read_state(probe: Probe) -> dict[str, Any]:
     for file in probe.glob("sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count"):
         key = f"thermal throttling, {file.name.split('_')[0]}"
         events[key] = events.get(key, 0) + (probe.number(file) or 0)
+    nvml = probe.nvml() if gpus else None
+    slow = nvml.slowdowns() if nvml is not None else None
+    if slow is not None:
+        now = [*(now or ()), *slow]
     return {
         "clock_hz": _clock_hz(probe),
         "temperature_c": _temperature_c(probe),
@@ -1821,11 +2060,13 @@ def mark_region(begin: bool, tag: int = 0) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. MLPerf scenarios, in a light form of their own: the official LoadGen is not asked for
+# 9. MLPerf scenarios: by the official LoadGen where it is installed, else in a light form of our own
 
 SCENARIOS = ("SingleStream", "MultiStream", "Offline", "Server")
 SCENARIO_FRACTIONS = {"SingleStream": 0.9, "MultiStream": 0.99, "Server": 0.99}
+LOADGEN_MODULE, LOADGEN_PACKAGE = "mlperf_loadgen", "mlcommons-loadgen"
 _SPIN_S = 0.002
+_ESTIMATING_RUNS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1984,14 +2225,271 @@ def run_scenario(
     if scenario == "Offline":
         return offline_result(query(plan.samples_per_query), plan.samples_per_query, plan)
     if scenario == "Server":
-        least = max(plan.queries, min_passing_queries(0, SCENARIO_FRACTIONS["Server"]), 1)
-        count = max(least, math.ceil(plan.seconds * plan.qps))
+        count = max(least_queries(scenario, plan), math.ceil(plan.seconds * plan.qps))
         arrivals = poisson_arrivals(plan.qps, count, plan.seed)
         return server_result(serve(query(1), arrivals, most_s=plan.most_s), plan, count)
     samples = plan.samples_per_query if scenario == "MultiStream" else 1
     return stream_result(
         scenario, stream_latencies(query(samples), plan, SCENARIO_FRACTIONS[scenario]), samples
     )
+
+
+def least_queries(scenario: str, plan: ScenarioPlan) -> int:
+    """How many queries a scenario has at least: the plan's, and those that early stopping asks for."""
+    if scenario == "Offline":
+        return plan.queries
+    fraction = SCENARIO_FRACTIONS[scenario]
+    passing = (
+        min_passing_queries(0, fraction) if scenario == "Server" else min_passing_queries(1, fraction) + 1
+    )
+    return max(plan.queries, passing, 1)
+
+
+def query_of(
+    session: Any, feeds: Feeds, inputs: Sequence[Mapping[str, Any]], samples: int
+) -> tuple[Callable[[], Any], bool]:
+    """What answers a query of so many samples, and whether it does so in one batch.
+
+    One sample after another where the batch axis is fixed.
+    """
+    batch = with_batch(feeds, inputs, samples)
+    if batch is not None:
+        return functools.partial(session.run, None, batch), True
+
+    def one_by_one() -> None:
+        for _ in range(samples):
+            session.run(None, feeds)
+
+    return one_by_one, False
+
+
+def loadgen_settings(lg: Any, scenario: str, plan: ScenarioPlan, query_ns: int) -> Any:
+    """LoadGen's settings for a plan.
+
+    Args:
+        lg: the module.
+        scenario: one of `SCENARIOS`.
+        plan: how.
+        query_ns: about how long a query takes (of Offline: one batch), from which LoadGen decides how many
+            it makes ready beforehand; one that runs out of them ends too early and is not valid.
+    """
+    settings = lg.TestSettings()
+    settings.scenario = getattr(lg.TestScenario, scenario)
+    settings.mode = lg.TestMode.PerformanceOnly
+    settings.min_duration_ms = max(1, round(plan.seconds * 1e3))
+    settings.max_duration_ms = max(1, round(plan.most_s * 1e3))
+    settings.min_query_count = max(1, least_queries(scenario, plan))
+    settings.single_stream_target_latency_percentile = SCENARIO_FRACTIONS["SingleStream"]
+    settings.multi_stream_target_latency_percentile = SCENARIO_FRACTIONS["MultiStream"]
+    settings.server_target_latency_percentile = SCENARIO_FRACTIONS["Server"]
+    settings.single_stream_expected_latency_ns = max(1, query_ns // 2)
+    settings.multi_stream_expected_latency_ns = max(1, query_ns // 2)
+    settings.multi_stream_samples_per_query = plan.samples_per_query
+    settings.server_target_qps = plan.qps
+    settings.server_target_latency_ns = round(plan.bound_ms * 1e6)
+    # Offline is one query: its samples are 1.1 times what this rate gives in the least duration.
+    least_rate = plan.queries / (1.1 * settings.min_duration_ms / 1e3)
+    settings.offline_expected_qps = max(1.2 * plan.samples_per_query * 1e9 / query_ns, least_rate, 1.0)
+    settings.qsl_rng_seed = settings.sample_index_rng_seed = settings.schedule_rng_seed = plan.seed
+    return settings
+
+
+def run_loadgen(
+    lg: Any,
+    scenario: str,
+    query: Callable[[], Any],
+    plan: ScenarioPlan,
+    folder: Path,
+    *,
+    query_ns: int,
+    trace: bool = False,
+) -> int:
+    """Run a scenario by the official LoadGen, whose logs go into `folder`; how many samples it asked for.
+
+    A stream's queries and Offline's batches are answered where they are asked, Server's in a thread of
+    their own: LoadGen goes on asking meanwhile. A query that fails ends the process, for an exception
+    cannot pass through LoadGen.
+
+    Args:
+        lg: the module.
+        scenario: one of `SCENARIOS`.
+        query: answers one query; of Offline, one batch.
+        plan: how.
+        folder: an empty folder.
+        query_ns: about how long a query takes.
+        trace: let LoadGen log every query's latency, too.
+    """
+    batch = plan.samples_per_query if scenario == "Offline" else 0
+    asked = [0]
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def answer(ids: Sequence[int]) -> None:
+        step = batch or len(ids)
+        try:
+            for start in range(0, len(ids), step):
+                query()
+                done = [lg.QuerySampleResponse(item, 0, 0) for item in ids[start : start + step]]
+                lg.QuerySamplesComplete(done)
+        except BaseException as error:  # noqa: BLE001 - nothing may pass through LoadGen
+            sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+            sys.stderr.flush()
+            os._exit(EXIT_UNAVAILABLE)
+
+    def issue(samples: Sequence[Any]) -> None:
+        ids = [sample.id for sample in samples]
+        asked[0] += len(ids)
+        if scenario == "Server":
+            waiting.put(ids)
+        else:
+            answer(ids)
+
+    def serve_all() -> None:
+        for ids in iter(waiting.get, None):
+            answer(ids)
+
+    worker = threading.Thread(target=serve_all, daemon=True)
+    worker.start()
+    sut, qsl = lg.ConstructSUT(issue, _nothing), lg.ConstructQSL(1024, 1024, _nothing, _nothing)
+    output, log = lg.LogOutputSettings(), lg.LogSettings()
+    output.outdir = str(folder)
+    log.log_output, log.enable_trace = output, trace
+    lg.StartTestWithLogSettings(sut, qsl, loadgen_settings(lg, scenario, plan, query_ns), log)
+    waiting.put(None)
+    worker.join()
+    lg.DestroyQSL(qsl)
+    lg.DestroySUT(sut)
+    return asked[0]
+
+
+def _nothing(*_: Any) -> None:
+    """LoadGen's calls that have nothing to do here: the samples are in memory, every query is answered."""
+
+
+def parse_loadgen(summary: str, detail: str, samples: int) -> dict[str, Any]:
+    """A scenario's result as LoadGen's own summary gives it.
+
+    Args:
+        summary: mlperf_log_summary.txt.
+        detail: mlperf_log_detail.txt, for LoadGen's version.
+        samples: how many samples were asked for.
+
+    Raises:
+        RuntimeUnusable: if there is no result in the summary.
+    """
+
+    def found(pattern: str) -> str | None:
+        match = re.search(pattern, summary, re.MULTILINE)
+        return match[1] if match else None
+
+    def ms(pattern: str) -> float | None:
+        value = found(pattern)
+        return None if value is None else int(value) / 1e6
+
+    scenario, verdict = found(r"^Scenario : (\w+)"), found(r"^Result is : (\w+)")
+    if scenario not in SCENARIOS or verdict is None:
+        raise RuntimeUnusable("LoadGen gave no result", why=summary.strip()[-500:])
+    version = re.search(r'"loadgen_version", "value": "([^" ]+)', detail)
+    result: dict[str, Any] = {
+        "scenario": scenario,
+        "valid": verdict == "VALID",
+        "unmet": [
+            name.strip().lower() for name in re.findall(r"^  (.+?) satisfied ?: NO", summary, re.MULTILINE)
+        ],
+        "official": True,
+        "loadgen_version": version[1] if version else None,
+    }
+    each = int(found(r"^samples_per_query : (\d+)") or 1)
+    if scenario == "Offline":
+        rate = float(found(r"^Samples per second: ([\d.e+]+)") or "nan")
+        seconds = (ms(r"^Max latency \(ns\)\s*: (\d+)") or 0.0) / 1e3
+        return {**result, "samples": samples, "seconds": seconds, "throughput_per_s": rate}
+    fraction, runs = SCENARIO_FRACTIONS[scenario], samples // each
+    percentiles = {
+        name: ms(rf"^{100 * part:.2f} percentile latency \(ns\)\s*: (\d+)")
+        if runs * (1 - part) >= 1 - 1e-9
+        else None
+        for name, part in QUANTILES
+    }
+    result.update(
+        percentile=fraction,
+        percentile_ms=ms(rf"^{100 * fraction:.2f} percentile latency \(ns\)\s*: (\d+)"),
+        latency={
+            "runs": runs,
+            **{
+                f"{key}_ms": ms(rf"^{key.title()} latency \(ns\)\s*: (\d+)") for key in ("mean", "min", "max")
+            },
+            **{f"{name}_ms": value for name, value in percentiles.items()},
+            "intervals_ms": {},
+        },
+    )
+    met = found(r"Early stopping satisfied: (\w+)") == "Yes"
+    if scenario == "Server":
+        more = found(r"at least (\d+) more queries")
+        result["early_stopping"] = {"met": met, "more_queries": int(more or 0)}
+        result["qps"] = float(found(r"^target_qps : ([\d.e+]+)") or "nan")
+        result["bound_ms"] = ms(r"^target_latency \(ns\): (\d+)")
+        return result
+    discarded, least = found(r"Would discard (\d+) "), found(r"at least (\d+) queries")
+    result["early_stopping"] = {
+        "met": met,
+        "least_queries": int(least) if least else None,
+        "discarded": int(discarded) if discarded else None,
+        "estimate_ms": ms(rf"^ \* Early stopping {100 * fraction:.1f}th percentile estimate: (\d+)"),
+    }
+    return {**result, "samples_per_query": each}
+
+
+def loadgen_child(ort: Any, request: Mapping[str, Any]) -> int:
+    """The child process that runs a scenario by LoadGen: whatever ends it ends nothing else."""
+    lg = importlib.import_module(LOADGEN_MODULE)
+    feeds = read_npz(Path(request["feeds"]), request["names"])
+    settings = SessionSettings(request["threads"], request["level"], request["config"], request["provider"])
+    plan, scenario = ScenarioPlan(**request["plan"]), request["scenario"]
+    session = settings.open(ort, Path(request["model"]))
+    size = plan.samples_per_query if scenario in ("MultiStream", "Offline") else 1
+    query, batched = query_of(session, feeds, request["inputs"], size)
+    warm_up(query, Plan())
+    taken = []
+    for _ in range(_ESTIMATING_RUNS):
+        before = time.perf_counter_ns()
+        query()
+        taken.append(max(1, time.perf_counter_ns() - before))
+    with tempfile.TemporaryDirectory(prefix="edgepress-loadgen-") as folder:
+        logs = Path(folder)
+        samples = run_loadgen(lg, scenario, query, plan, logs, query_ns=round(statistics.median(taken)))
+        summary, detail = (
+            (logs / f"mlperf_log_{name}.txt").read_text(encoding="utf-8", errors="replace")
+            for name in ("summary", "detail")
+        )
+    result = parse_loadgen(summary, detail, samples)
+    if scenario == "Offline":
+        result["samples_per_query"] = size
+    _report("loadgen", result=result, batched=batched)
+    return EXIT_OK
+
+
+def official_scenario(
+    scenario: str,
+    plan: ScenarioPlan,
+    *,
+    model: Path,
+    feeds: Feeds,
+    settings: SessionSettings,
+    inputs: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, Any], bool]:
+    """A scenario by the official LoadGen in a process of its own: the result, whether in real batches.
+
+    Raises:
+        ChildFailed: if that process ends without a result.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgepress-runner-") as folder:
+        request = _model_request("loadgen", model, feeds, settings, Path(folder))
+        request.update(scenario=scenario, plan=dataclasses.asdict(plan), inputs=list(inputs))
+        end = run_child(request, timeout_s=2 * plan.most_s + 120.0)
+    report = end.report("loadgen")
+    if report is None or end.code != 0:
+        raise ChildFailed(f"LoadGen's {scenario}", end)
+    return report["result"], report["batched"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2001,6 +2499,11 @@ COMMANDS = ("check", "verify", "benchmark", "scenario")
 _DEFAULT_COMMANDS = ("check", "verify", "benchmark")
 _CLAIM = "\0edgepress-device-runner"
 _ENERGY_NOTE = "energy: not measured, no meter answers here"
+_ONE_BY_ONE = "the batch axis is fixed: queries of several samples run them one after another"
+_LIGHT_NOTE = (
+    "scenarios by the runner's own light implementation, not by the official LoadGen, "
+    f"which is not installed here: python -m pip install {LOADGEN_PACKAGE}"
+)
 
 
 @dataclasses.dataclass
@@ -2068,6 +2571,10 @@ class Job:
                 remedy="compare the runtime's version with the manifest's, and report both",
             )
 
+    def state(self) -> dict[str, Any]:
+        """Clocks and throttling now, of NVIDIA GPUs only where they are what runs the model."""
+        return read_state(self.probe, gpus=self.options.provider != CPU_PROVIDER)
+
     def settings(self, threads: int | None = None) -> SessionSettings:
         """The bundle's session settings under this call's options."""
         own = self.bundle.options(threads or self.options.threads)
@@ -2091,17 +2598,9 @@ class Job:
         session = self.settings().open(self.load_runtime(), self.bundle.model_file)
 
         def of_size(samples: int) -> Callable[[], Any]:
-            batch = with_batch(feeds, self.bundle.manifest["model"]["inputs"], samples)
-            if batch is None:
-                self.note("the batch axis is fixed: queries of several samples run them one after another")
-
-            def run() -> None:
-                if batch is not None:
-                    session.run(None, batch)
-                else:
-                    for _ in range(samples):
-                        session.run(None, feeds)
-
+            run, batched = query_of(session, feeds, self.bundle.manifest["model"]["inputs"], samples)
+            if not batched:
+                self.note(_ONE_BY_ONE)
             warm_up(run, Plan())
             return run
 
@@ -2157,13 +2656,13 @@ def benchmark(job: Job) -> None:
     if job.result["emulated"]:
         job.result["benchmark"] = _counted_region(job, feeds)
         return
-    options, states, watch = job.options, [read_state(job.probe)], ClockWatch()
+    options, states, watch = job.options, [job.state()], ClockWatch()
     plan = Plan(pairs=options.pairs, runs=options.runs, limit_s=options.seconds)
     entries = [
         *baseline_entries(job, feeds),
         job.entry("bundle", job.bundle.model_file, job.settings(), feeds),
     ]
-    timed = time_entries(entries, plan, between=lambda: states.append(read_state(job.probe)))
+    timed = time_entries(entries, plan, between=lambda: states.append(job.state()))
     batch = _batch_of(job.bundle, feeds)
     found: dict[str, Any] = {
         "threads": options.threads,
@@ -2179,11 +2678,12 @@ def benchmark(job: Job) -> None:
         else None,
         "batch_sweep": _batch_sweep(job, feeds, plan),
         "thread_sweep": _thread_sweep(job, feeds, plan, batch),
+        "affinity_sweep": _affinity_sweep(job, feeds, plan, batch),
         "energy": None,
     }
     if options.energy_seconds > 0:
         found["energy"] = _energy(job, feeds)
-    states.append(read_state(job.probe))
+    states.append(job.state())
     found["states"] = [states[0], states[-1]]
     found["clock"] = watch.read()
     job.result["benchmark"] = found
@@ -2212,16 +2712,24 @@ def _counted_region(job: Job, feeds: Feeds) -> dict[str, Any]:
     job.note(
         "an emulated board: outputs and instruction counts only, its times say nothing about the real one"
     )
-    step, _ = job.entry("bundle", job.bundle.model_file, job.settings(1), feeds).open()
-    step()
     count = max(1, job.options.counted)
-    mark_region(True)
-    for _ in range(count):
+    job.options.threads = 1  # those of several would race for the counters, and be counted while they wait
+    entries = [
+        job.entry("bundle", job.bundle.model_file, job.settings(1), feeds),
+        *baseline_entries(job, feeds),
+    ]
+    for tag, entry in enumerate(entries):
+        step, _ = entry.open()
         step()
-    mark_region(False)
+        mark_region(True, tag)
+        for _ in range(count):
+            step()
+        mark_region(False, tag)
     return {
         "threads": 1,
         "counted_inferences": count,
+        "counted": [entry.name for entry in entries],
+        "shapes": {name: list(array.shape) for name, array in feeds.items()},
         "file_bytes": job.bundle.size_bytes,
     }
 
@@ -2253,6 +2761,41 @@ def _thread_sweep(job: Job, feeds: Feeds, plan: Plan, batch: int) -> list[dict[s
     return found
 
 
+def _affinity_sweep(job: Job, feeds: Feeds, plan: Plan, batch: int) -> list[dict[str, Any]]:
+    found = []
+    for cores in job.options.affinity_sweep:
+        with pinned(cores):
+            entry = job.entry("bundle", job.bundle.model_file, job.settings(), feeds)
+            timed = time_entries([entry], dataclasses.replace(plan, pairs=min(2, plan.pairs)))
+        found.append({"affinity": cores, "latency": latency_of(timed["bundle"], batch)})
+    return found
+
+
+@contextlib.contextmanager
+def pinned(cores: Sequence[int] | None) -> Iterator[None]:
+    """Keep this thread, and the threads and processes that it starts, to some cores; None changes nothing.
+
+    Raises:
+        WrongUsage: if the system cannot do so, or none of the cores is there.
+    """
+    if cores is None:
+        yield
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise WrongUsage("this system pins no process to cores", remedy="leave --affinity out")
+    before = os.sched_getaffinity(0)
+    if not set(cores) <= before:
+        raise WrongUsage(
+            f"there are no cores {','.join(map(str, sorted(set(cores) - before)))} for this process",
+            why=f"it may use {','.join(map(str, sorted(before)))}",
+        )
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def _energy(job: Job, feeds: Feeds) -> list[dict[str, Any]] | None:
     meters, notes = find_meters(job.probe)
     for text in notes:
@@ -2266,31 +2809,63 @@ def _energy(job: Job, feeds: Feeds) -> list[dict[str, Any]] | None:
 
 
 def scenarios(job: Job) -> None:
-    """The MLPerf scenarios that were asked for, into the job's result."""
+    """The MLPerf scenarios that were asked for, into the job's result.
+
+    Raises:
+        WrongUsage: on an emulated board, or for a Server without a rate and a bound.
+        RuntimeUnusable: if LoadGen is asked for and cannot be used.
+    """
     if job.result["emulated"]:
         raise WrongUsage("scenarios are about time, which an emulated board does not have")
-    feeds, _ = benchmark_feeds(job.bundle)
     options = job.options
+    if "Server" in options.scenario and not (options.qps and options.bound_ms):
+        raise WrongUsage("Server needs --qps and --bound-ms", remedy="for example --qps 20 --bound-ms 100")
+    feeds, _ = benchmark_feeds(job.bundle)
     single = with_batch(feeds, job.bundle.manifest["model"]["inputs"], 1) or feeds
-    query = job.query(single)
-    states, watch = [read_state(job.probe)], ClockWatch()
+    plan = ScenarioPlan(
+        seconds=options.scenario_seconds,
+        queries=options.queries,
+        samples_per_query=options.samples_per_query,
+        qps=options.qps or 0.0,
+        bound_ms=options.bound_ms or 0.0,
+        seed=options.seed,
+        most_s=max(600.0, 2 * options.scenario_seconds),
+    )
+    official = _wants_loadgen(job)
+    query = None if official else job.query(single)
+    states, watch = [job.state()], ClockWatch()
     for name in options.scenario:
-        plan = ScenarioPlan(
-            seconds=options.scenario_seconds,
-            queries=options.queries,
-            samples_per_query=options.samples_per_query,
-            qps=options.qps or 0.0,
-            bound_ms=options.bound_ms or 0.0,
-            seed=options.seed,
-            most_s=max(600.0, 2 * options.scenario_seconds),
+        job.result["scenarios"].append(
+            _by_loadgen(job, name, single, plan) if query is None else run_scenario(name, query, plan)
         )
-        if name == "Server" and not (options.qps and options.bound_ms):
-            raise WrongUsage(
-                "Server needs --qps and --bound-ms", remedy="for example --qps 20 --bound-ms 100"
-            )
-        job.result["scenarios"].append(run_scenario(name, query, plan))
-        states.append(read_state(job.probe))
+        states.append(job.state())
     _judge(job, states, watch.read())
+
+
+def _wants_loadgen(job: Job) -> bool:
+    if job.options.loadgen == "light":
+        return False
+    if importlib.util.find_spec(LOADGEN_MODULE) is not None:
+        return True
+    if job.options.loadgen == "official":
+        raise RuntimeUnusable(
+            "the official LoadGen is not installed here",
+            remedy=f"python -m pip install {LOADGEN_PACKAGE}, or leave --loadgen official out",
+        )
+    job.note(_LIGHT_NOTE)
+    return False
+
+
+def _by_loadgen(job: Job, scenario: str, feeds: Feeds, plan: ScenarioPlan) -> dict[str, Any]:
+    inputs = [
+        {"name": spec["name"], "shape": spec["shape"]} for spec in job.bundle.manifest["model"]["inputs"]
+    ]
+    result, batched = official_scenario(
+        scenario, plan, model=job.bundle.model_file, feeds=feeds, settings=job.settings(), inputs=inputs
+    )
+    if not batched:
+        job.note(_ONE_BY_ONE)
+    return result
 
 
 def _whole_numbers(text: str) -> list[int]:
@@ -2298,6 +2873,17 @@ def _whole_numbers(text: str) -> list[int]:
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError("whole numbers from 1 on, separated by commas")
     return values
+
+
+def _cores(text: str) -> list[int]:
+    """The numbers of cores: 0,1 or 0-3 or 0-3,6."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError("cores such as 0,1 or 0-3")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(found)
 
 
 def _positive(text: str) -> int:
@@ -2344,6 +2930,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1,2,4",
         help="also time these thread counts",
     )
+    add("--affinity", type=_cores, metavar="CORES", help="keep to these cores, such as 0-3 or 0,2")
+    add(
+        "--affinity-sweep",
+        type=_cores,
+        action="append",
+        default=[],
+        metavar="CORES",
+        help="also time on these cores; may be repeated",
+    )
     add(
         "--cold-starts",
         type=int,
@@ -2369,6 +2964,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--qps", type=float, help="arrival rate of Server, queries a second")
     add("--bound-ms", type=float, help="latency bound of Server")
     add("--seed", type=int, default=0, help="of Server's arrivals (default 0)")
+    add(
+        "--loadgen",
+        choices=("auto", "official", "light"),
+        default="auto",
+        help="who runs the scenarios: the official LoadGen, or light (default: LoadGen where installed)",
+    )
     add("--import-timeout", type=float, default=120.0, help="seconds for importing the runtime (default 120)")
     return parser
 
@@ -2415,7 +3016,10 @@ def run_commands(job: Job, commands: Sequence[str]) -> int:
     }
     try:
         with contextlib.ExitStack() as stack:
-            if not set(commands) <= {"check", "verify"}:
+            stack.enter_context(pinned(job.options.affinity))
+            if job.options.affinity is not None:
+                job.result["device"]["affinity"] = job.options.affinity
+            if not set(commands) <= {"check", "verify"} and not job.result["emulated"]:
                 _watch_for_others(job, stack)
             for name in COMMANDS:
                 if name == "check" or name in commands:
@@ -2475,6 +3079,9 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
                 f"{label:<7} {item[label]:<3} p50 {item['latency']['p50_ms']:.3f} ms, "
                 f"{item['latency']['throughput_per_s']:.1f} samples/s"
             )
+    for item in found.get("affinity_sweep", ()):
+        cores = ",".join(map(str, item["affinity"]))
+        lines.append(f"cores   {cores:<3} p50 {item['latency']['p50_ms']:.3f} ms")
     for item in found.get("energy") or ():
         if item["joules_per_inference"] is not None:
             lines.append(f"energy      {item['joules_per_inference']:.4g} J per inference ({item['meter']})")
@@ -2488,6 +3095,7 @@ _SHOWN = (("p50_ms", "p50"), ("p90_ms", "p90"), ("p99_ms", "p99"), ("p99_9_ms", 
 
 def _scenario_line(item: Mapping[str, Any]) -> str:
     valid = "valid" if item["valid"] else "NOT VALID"
+    valid += f", LoadGen {item['loadgen_version']}" if item["official"] else ", light"
     if item["scenario"] == "Offline":
         return f"{item['scenario']:<12} {item['throughput_per_s']:.1f} samples/s, {valid}"
     text = f"{item['scenario']:<12} p{100 * item['percentile']:g} {item['percentile_ms']:.3f} ms"

@@ -1,4 +1,7 @@
-"""Devices by URL: `local`, `ssh://user@host[:port]`; what a URL says, and nothing that could be an option."""
+"""Devices by URL: `local`, `ssh://user@host[:port]`, `emulated:NAME`.
+
+What a URL says, and nothing that could be an option.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import dataclasses
 import re
 from typing import Literal
 
-from ..graph.errors import NotSupported, RecipeError
+from ..graph.errors import RecipeError
 
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
 _ADDRESS_6 = re.compile(r"\[([0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9_.-]{1,32})?)\]")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.$-]{0,63}")
-_FORMS = "write local, or ssh://HOST or ssh://USER@HOST:PORT; HOST may be a name of your ssh configuration"
+_FORMS = (
+    "write local, ssh://HOST or ssh://USER@HOST:PORT (HOST may be a name of your ssh configuration), or "
+    "emulated:BOARD"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,12 +25,13 @@ class DeviceUrl:
     """Where a device is.
 
     Attributes:
-        kind: this machine, or one that OpenSSH reaches.
-        host: a name, an address, or a Host of the user's ssh configuration; empty for this machine.
+        kind: this machine, one that OpenSSH reaches, or an emulated board.
+        host: a name, an address, or a Host of the user's ssh configuration; the name of an emulated
+            board; empty for this machine.
         user, port: None leaves them to the ssh configuration.
     """
 
-    kind: Literal["local", "ssh"]
+    kind: Literal["local", "ssh", "emulated"]
     host: str = ""
     user: str | None = None
     port: int | None = None
@@ -37,6 +44,8 @@ class DeviceUrl:
     def __str__(self) -> str:
         if self.kind == "local":
             return "local"
+        if self.kind == "emulated":
+            return f"emulated:{self.host}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         user = "" if self.user is None else f"{self.user}@"
         port = "" if self.port is None else f":{self.port}"
@@ -47,21 +56,20 @@ def parse_device_url(text: str, *, where: str = "--device") -> DeviceUrl:
     """Read where a device is.
 
     Args:
-        text: `local`, or `ssh://[user@]host[:port]`.
+        text: `local`, `ssh://[user@]host[:port]`, or `emulated:NAME`.
         where: what names it, for errors.
 
     Raises:
-        NotSupported: if it is `emulated:…`, which this version does not run.
-        RecipeError: if it is none of these, has a password or a path, or could be read as an option of ssh.
+        RecipeError: if it is none of these, names no board that can be emulated, has a password or a
+            path, or could be read as an option of ssh.
     """
     if text == "local":
         return DeviceUrl(kind="local")
     if text.startswith("emulated:"):
-        raise NotSupported(
-            f"the emulated device {text.removeprefix('emulated:')!r} is not supported yet",
-            where=where,
-            remedy="use local or ssh://USER@HOST; an emulated board with an ssh server is reached by ssh://",
-        )
+        from .emulator.boards import board_named
+
+        board = board_named(text.removeprefix("emulated:"), where=where)
+        return DeviceUrl(kind="emulated", host=board.name)
     scheme, found, rest = text.partition("://")
     if not found or scheme != "ssh":
         raise RecipeError(f"{_shown(text)} is not a device", where=where, remedy=_FORMS)

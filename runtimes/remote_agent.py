@@ -220,19 +220,35 @@ def sha256(path: Path) -> str:
 
 
 def receive(request: Request) -> Reply:
+    """Take files from stdin, one after the other, each from its offset on; say which arrived damaged."""
+    damaged = []
+    for wanted in request["files"]:
+        state = receive_one(request, wanted)
+        if state == "incomplete":  # the caller went away: what follows is not there either
+            return {"state": state}
+        if state == "damaged":
+            damaged.append(wanted["name"])
+    return {"state": "received", "damaged": damaged}
+
+
+def receive_one(request: Request, wanted: Request) -> str:
     """Append stdin to the part that is here; put the file in place if it is whole and its hash holds."""
-    whole = place(request, request["name"])
+    whole = place(request, wanted["name"])
     part = part_of(whole)
     whole.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(str(part), os.O_RDWR | os.O_CREAT, 0o600)
+    left = wanted["size_bytes"] - wanted["offset"]
     try:
-        os.ftruncate(descriptor, request["offset"])
-        size_bytes = os.lseek(descriptor, 0, os.SEEK_END)
-        for chunk in iter(lambda: os.read(0, CHUNK_BYTES), b""):
+        os.ftruncate(descriptor, wanted["offset"])
+        os.lseek(descriptor, 0, os.SEEK_END)
+        while left > 0:
+            chunk = os.read(0, min(left, CHUNK_BYTES))
+            if not chunk:
+                break
+            left -= len(chunk)
             view = memoryview(chunk)
             while view:
                 view = view[os.write(descriptor, view) :]
-            size_bytes += len(chunk)
         os.fsync(descriptor)
     except OSError as error:
         if error.errno in FULL:  # a part that cannot grow only takes up room
@@ -240,13 +256,13 @@ def receive(request: Request) -> Reply:
         raise
     finally:
         os.close(descriptor)
-    if size_bytes < request["size_bytes"]:
-        return {"state": "incomplete", "size_bytes": size_bytes}
-    if size_bytes > request["size_bytes"] or sha256(part) != request["sha256"]:
+    if left > 0:
+        return "incomplete"
+    if sha256(part) != wanted["sha256"]:
         part.unlink()
-        return {"state": "damaged"}
+        return "damaged"
     os.replace(str(part), str(whole))  # noqa: PTH105 - pathlib's replace differs between releases
-    return {"state": "whole"}
+    return "whole"
 
 
 def supervise(request: Request) -> Reply:

@@ -52,6 +52,7 @@ class SshDevice:
         log: told what a person should know meanwhile.
         progress: told (bytes there, bytes in all) of files that are copied.
         boot_id_file: where it says which start of it this is; its kernel's own by default.
+        connection: the way to it, where that is not made of `url` and `settings`.
     """
 
     evidence: Evidence = "measured-on-target"
@@ -67,13 +68,13 @@ class SshDevice:
         log: Log | None = None,
         progress: ByteProgress | None = None,
         boot_id_file: str | None = None,
+        connection: SshConnection | None = None,
     ) -> None:
         self.name = name or str(url)
         self.where = str(url)
         self._wish = wish or RuntimeWish()
         self._progress = progress
-        agent = _own_file("remote_agent.py").decode()
-        connection = SshConnection(url, settings or SshSettings(), agent)
+        connection = connection or SshConnection(url, settings or SshSettings(), agent_source())
         self._session = SshSession(connection, limits=limits, log=log, boot_id_file=boot_id_file)
         self._facts: Reply | None = None
         self._python: DevicePython | None = None
@@ -238,9 +239,13 @@ class SshDevice:
             limit_s=limit_s,
         )
         if not keep:
-            name = folder.removeprefix(f"{self._session.root}/")
-            self._session.ask("remove", {"root": self._session.root, "names": [name]})
+            self.remove_files(folder)
         return end
+
+    def remove_files(self, folder: str) -> None:
+        """Remove what `put_files` brought, by the folder that it gave; raises as `put_files` does."""
+        root = self._session.root
+        self._session.ask("remove", {"root": root, "names": [folder.removeprefix(f"{root}/")]})
 
     def run_bundle(
         self,
@@ -287,17 +292,11 @@ class SshDevice:
         *,
         progress: Progress | None = None,
     ) -> BenchmarkResult:
-        """See `Device.time`; the device runner's loop, which knows no upper limit of a single pair."""
+        """See `Device.time`; by the device runner's loop there."""
         names = [form.name for form in forms]
         if len(set(names)) != len(names) or not names:
             raise DataError("two forms have one name", why=", ".join(names), remedy="name them apart")
-        plan = {
-            "pairs": schedule.pairs,
-            "runs": schedule.runs,
-            "warm_up_runs": schedule.warm_up_runs,
-            "least_pair_s": schedule.least_pair_s,
-            "limit_s": schedule.limit_s,
-        }
+        plan = schedule.as_plan()
         found = json.loads(_required(self._run_forms("time", forms, feeds, plan), self.where))
         if progress is not None:
             progress(schedule.pairs, schedule.pairs)
@@ -327,6 +326,11 @@ class SshDevice:
             scratch.write_bytes(form.model)
             return self.put([scratch]).as_posix()
         return form.model.as_posix()
+
+
+def agent_source() -> str:
+    """The program that carries out the calls on a device."""
+    return _own_file("remote_agent.py").decode()
 
 
 def runner_result(data: bytes, status: int, where: str) -> dict[str, Any]:

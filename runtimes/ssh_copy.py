@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..graph.errors import ModelError, RuntimeUnavailable
@@ -60,27 +61,46 @@ def copy_files(
     if total - present > found["free_bytes"]:
         raise session.full_for(total - present, found["free_bytes"])
     told = _Told(progress, present, total)
-    for name, digest in digests.items():
-        if found["files"][name]["whole"] != digest:
-            request = {"folder": folder, "name": name, "sha256": digest, "size_bytes": sizes[name]}
-            _send(session, files[name], offsets[name], request, told)
+    missing = [
+        _Sent(name=name, path=files[name], sha256=digest, size_bytes=sizes[name], offset=offsets[name])
+        for name, digest in digests.items()
+        if found["files"][name]["whole"] != digest
+    ]
+    _send(session, folder, missing, told)
     told.add(0)
     return CopyReport(folder=folder, sent_bytes=total - present, present_bytes=present)
 
 
-def _send(session: SshSession, path: Path, offset: int, request: dict[str, object], told: _Told) -> None:
-    """Send one file from `offset` on; from the start if what arrived is not what was sent."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """A file that goes to the device: where from, what is there then, and from which byte on."""
+
+    name: str
+    path: Path
+    sha256: str
+    size_bytes: int
+    offset: int
+
+
+def _send(session: SshSession, folder: str, files: Sequence[_Sent], told: _Told) -> None:
+    """Send files in one call: on a slow board beginning one takes longer than most files."""
     for _ in range(_ATTEMPTS):
-        reply = session.ask("receive", request | {"offset": offset}, stdin=_chunks(path, offset, told))
-        if reply["state"] == "whole":
+        if not files:
             return
-        offset = 0
-    raise RuntimeUnavailable(
-        "a file arrives damaged on the device",
-        where=f"{session.where}, {request['name']}",
-        why="its SHA-256 differs from the file's here, twice",
-        remedy="check the device's memory card, and that nothing changes the file here meanwhile",
-    )
+        wanted = [
+            {"name": file.name, "sha256": file.sha256, "size_bytes": file.size_bytes, "offset": file.offset}
+            for file in files
+        ]
+        chunks = itertools.chain.from_iterable(_chunks(file, told) for file in files)
+        reply = session.ask("receive", {"folder": folder, "files": wanted}, stdin=chunks)
+        files = [dataclasses.replace(file, offset=0) for file in files if file.name in reply["damaged"]]
+    if files:
+        raise RuntimeUnavailable(
+            "a file arrives damaged on the device",
+            where=f"{session.where}, {files[0].name}",
+            why="its SHA-256 differs from the file's here, twice",
+            remedy="check the device's memory card, and that nothing changes the file here meanwhile",
+        )
 
 
 class _Told:
@@ -97,10 +117,14 @@ class _Told:
             self._progress(min(self._done, self._total), self._total)
 
 
-def _chunks(path: Path, offset: int, told: _Told) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        while chunk := file.read(_CHUNK_BYTES):
+def _chunks(sent: _Sent, told: _Told) -> Iterator[bytes]:
+    """Exactly the bytes that the device waits for; zeros for what a file lost meanwhile: its hash tells."""
+    left = sent.size_bytes - sent.offset
+    with sent.path.open("rb") as file:
+        file.seek(sent.offset)
+        while left > 0:
+            chunk = file.read(min(left, _CHUNK_BYTES)) or bytes(min(left, _CHUNK_BYTES))
+            left -= len(chunk)
             yield chunk
             told.add(len(chunk))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from . import timing
 from .base import Array
 from .device import Form
-from .timing import BenchmarkResult, Timing, compare
 
 _METHOD = "fresh sessions in alternating order, runs interleaved round robin, on the device"
 
@@ -57,39 +56,12 @@ def write_request(
     return files
 
 
-def result_of(found: Mapping[str, Mapping[str, Any]], feeds: Mapping[str, Array]) -> BenchmarkResult:
+def result_of(found: Mapping[str, Mapping[str, Any]], feeds: Mapping[str, Array]) -> timing.BenchmarkResult:
     """The latencies of the device runner's `time_entries` as a result; the first form is the baseline.
 
     Args:
         found: by form, in order: `series_ns` and `load_ms` of each session, and `warm_up_runs`.
         feeds: inputs by name; the first axis of the first of them is the batch.
     """
-    names = list(found)
     batch = next((len(values) for values in feeds.values() if values.ndim), 1)
-    series = {name: found[name]["series_ns"] for name in names}
-    return BenchmarkResult(
-        timings=tuple(_timing(name, found[name], batch) for name in names),
-        comparisons=tuple(compare(names[0], name, series[names[0]], series[name]) for name in names[1:]),
-        pairs=len(series[names[0]]),
-        runs_per_pair=min(len(one) for one in series[names[0]]),
-        method=_METHOD,
-    )
-
-
-def _timing(name: str, found: Mapping[str, Any], batch: int) -> Timing:
-    values_ms = np.array([value for one in found["series_ns"] for value in one], np.float64) / 1e6
-    p50, p90, p99 = (float(value) for value in np.percentile(values_ms, (50, 90, 99)))
-    mean_ms = float(values_ms.mean())
-    return Timing(
-        name=name,
-        runs=len(values_ms),
-        sessions=len(found["series_ns"]),
-        warm_up_runs=found["warm_up_runs"],
-        mean_ms=mean_ms,
-        min_ms=float(values_ms.min()),
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-        throughput_per_s=batch * 1000.0 / mean_ms,
-        load_ms=statistics.median(found["load_ms"]),
-    )
+    return timing.result_of(found, dict.fromkeys(found, batch), _METHOD)

@@ -3,28 +3,38 @@
 Two sessions of the very same file differ by some 0.3 % for as long as they live, because of where
 their memory lies. So several rounds of fresh sessions are timed, each round opening them in the
 other order, and the spread of the rounds' ratios is part of the result.
+
+The loop, the percentiles and the intervals are the device runner's, so that a figure means the same on
+this machine as on a board.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
+import functools
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
-import numpy as np
 
 from ..graph.errors import DataError
+from . import device_runner
 from .base import Array, Runner
 
 Feeds = Mapping[str, Array]
+Interval = tuple[float | None, float | None]
 
-_WARM_UP_WINDOW = 5
-_WARM_UP_TOLERANCE = 0.05
-_LEAST_WARM_UP_RUNS, _LEAST_RUNS, _MOST_FOLD = 2, 3, 50
+
+@runtime_checkable
+class Repeatable(Protocol):
+    """A `Runner` that can run the same inputs again and again without checking them each time."""
+
+    def repeated(self, feeds: Feeds) -> Callable[[], object]:
+        """What runs the model on these inputs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,15 +82,27 @@ class Schedule:
         if min(self.pairs, self.runs, self.warm_up_runs) < 1:
             raise ValueError("pairs, runs and warm_up_runs must be at least 1")
 
+    def as_plan(self) -> dict[str, float]:
+        """The same as the device runner's `Plan` names it, for JSON: limits that are none are left out."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The latency of one candidate over all its timed runs.
+
+    A percentile is one of the latencies, by LoadGen's rank; None beyond what so many runs can show (p99
+    takes 100 of them, p99.9 takes 1000).
 
     Attributes:
         runs: how many runs were timed; `sessions` how many sessions they are spread over.
         throughput_per_s: samples a second at the mean latency, one run after another.
         load_ms: median time to open a session.
         peak_memory_bytes: of a process that does nothing else; None where not measured.
+        intervals_ms: 95 % intervals of p50, p90, p99 and p99_9 by order statistics, as wide as those of
+            the sessions' own percentiles; None on a side that so many runs do not bound.
+        cold_start_ms: from starting a process to its first result; None where not measured.
+        session_ms: "load", "mean" and percentiles, one value per session.
     """
 
     name: str
@@ -90,20 +112,26 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     mean_ms: float
     min_ms: float
     p50_ms: float
-    p90_ms: float
-    p99_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
     throughput_per_s: float
     load_ms: float
     peak_memory_bytes: int | None = None
+    p99_9_ms: float | None = None
+    intervals_ms: dict[str, Interval] = {}
+    cold_start_ms: float | None = None
+    session_ms: dict[str, tuple[float, ...]] = {}
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much faster a candidate is than the baseline: baseline time / candidate time.
 
     Attributes:
-        ratio: median over the pairs of (baseline's median / candidate's median).
-        pair_ratios: one ratio per pair of fresh sessions.
+        ratio: median over the pairs: what choices are made by, since one odd pair does not move it.
+        pair_ratios: one per pair of fresh sessions, the median ratio of neighbouring runs.
         low, high: the smallest and largest of them.
+        mean_ratio: their geometric mean, as the device runner gives it; with `interval`, its 95 % interval
+            by Student's t, None where there is only one pair.
     """
 
     baseline: str
@@ -112,6 +140,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     pair_ratios: tuple[float, ...]
     low: float
     high: float
+    mean_ratio: float | None = None
+    interval: tuple[float, float] | None = None
 
     def is_faster(self, margin_fraction: float = 0.02) -> bool:
         """Whether the candidate wins by the margin, and in every single pair."""
@@ -164,34 +194,55 @@ def benchmark(
     """
     plan = schedule or Schedule()
     _check(candidates)
-    latencies: dict[str, list[list[int]]] = {candidate.name: [] for candidate in candidates}
-    loads: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    warm_ups: dict[str, int] = dict.fromkeys(latencies, 0)
-    started = clock_ns()
-    for pair in range(plan.pairs):
-        order = list(candidates) if pair % 2 == 0 else list(reversed(candidates))
-        opened = [(candidate, candidate.open()) for candidate in order]
-        for candidate, runner in opened:
-            loads[candidate.name].append(runner.load_ms)
-            warm_ups[candidate.name] += _warm_up(candidate, runner, plan, clock_ns)
-        for name, series in _interleave(opened, plan, clock_ns).items():
-            latencies[name].append(series)
-        del opened, runner
-        if progress is not None:
-            progress(pair + 1, plan.pairs)
-        if pair >= 1 and (clock_ns() - started) / 1e9 > plan.limit_s:
-            break
-    names = [candidate.name for candidate in candidates]
+    entries = [device_runner.Entry(item.name, functools.partial(_opened, item)) for item in candidates]
+    done = itertools.count(1)
+    found = device_runner.time_entries(
+        entries,
+        device_runner.Plan(**dataclasses.asdict(plan)),
+        between=None if progress is None else lambda: progress(next(done), plan.pairs),
+        clock_ns=clock_ns,
+    )
+    return result_of(found, {item.name: item.samples_per_run for item in candidates})
+
+
+def _opened(candidate: Candidate) -> tuple[Callable[[], Any], float]:
+    """A fresh session as something to run, its inputs taken in turn, and how long it took to open."""
+    runner = candidate.open()
+    if isinstance(runner, Repeatable):
+        # Checking inputs takes some 10 us, as long as a small operator.
+        steps = [runner.repeated(feeds) for feeds in candidate.feeds]
+    else:
+        steps = [functools.partial(runner.run, feeds) for feeds in candidate.feeds]
+    if len(steps) == 1:
+        return steps[0], runner.load_ms
+    turns = itertools.cycle(steps)
+
+    def step() -> object:
+        return next(turns)()
+
+    return step, runner.load_ms
+
+
+def result_of(
+    found: Mapping[str, Mapping[str, Any]],
+    samples_per_run: Mapping[str, int],
+    method: str = "fresh sessions in alternating order, runs interleaved round robin",
+) -> BenchmarkResult:
+    """What the device runner's `time_entries` found, here or on a device; the first is the baseline.
+
+    Args:
+        found: by name, in order: `series_ns` and `load_ms` of each session, and `warm_up_runs`.
+        samples_per_run: by name.
+        method: how the runs were made.
+    """
+    names = list(found)
+    series = {name: found[name]["series_ns"] for name in names}
     return BenchmarkResult(
-        timings=tuple(
-            _timing(candidate, latencies[candidate.name], loads[candidate.name], warm_ups[candidate.name])
-            for candidate in candidates
-        ),
-        comparisons=tuple(
-            compare(names[0], name, latencies[names[0]], latencies[name]) for name in names[1:]
-        ),
-        pairs=len(latencies[names[0]]),
-        runs_per_pair=min(len(series) for series in latencies[names[0]]),
+        timings=tuple(_timing(name, found[name], samples_per_run[name]) for name in names),
+        comparisons=tuple(compare(names[0], name, series[names[0]], series[name]) for name in names[1:]),
+        pairs=len(series[names[0]]),
+        runs_per_pair=min(len(one) for one in series[names[0]]),
+        method=method,
     )
 
 
@@ -201,18 +252,34 @@ def compare(
     baseline_ns: Sequence[Sequence[int]],
     candidate_ns: Sequence[Sequence[int]],
 ) -> Comparison:
-    """The ratios of medians, pair by pair.
+    """The median ratios of neighbouring runs, pair by pair.
 
     Args:
         baseline: the baseline's name.
         candidate: the candidate's name.
-        baseline_ns: per pair, the latencies of the baseline in nanoseconds.
+        baseline_ns: per pair, the latencies of the baseline in nanoseconds, in the order of the runs.
         candidate_ns: the same for the candidate, as many pairs.
     """
-    ratios = tuple(
-        statistics.median(before) / statistics.median(after)
-        for before, after in zip(baseline_ns, candidate_ns, strict=True)
+    return comparison_of(
+        baseline,
+        candidate,
+        (
+            device_runner.pair_ratio(before, after)
+            for before, after in zip(baseline_ns, candidate_ns, strict=True)
+        ),
     )
+
+
+def comparison_of(baseline: str, candidate: str, pair_ratios: Iterable[float]) -> Comparison:
+    """The ratios of pairs, summed up.
+
+    Args:
+        baseline: the baseline's name.
+        candidate: the candidate's name.
+        pair_ratios: baseline / candidate of each pair of fresh sessions, at least one.
+    """
+    ratios = tuple(pair_ratios)
+    mean, low, high = device_runner.ratio_interval(ratios)
     return Comparison(
         baseline=baseline,
         candidate=candidate,
@@ -220,6 +287,8 @@ def compare(
         pair_ratios=ratios,
         low=min(ratios),
         high=max(ratios),
+        mean_ratio=mean,
+        interval=None if low is None or high is None else (low, high),
     )
 
 
@@ -236,69 +305,20 @@ def _check(candidates: Sequence[Candidate]) -> None:
             )
 
 
-def _timed(runner: Runner, feeds: Feeds, clock_ns: Callable[[], int]) -> int:
-    started = clock_ns()
-    runner.run(feeds)
-    return max(1, clock_ns() - started)
-
-
-def _warm_up(candidate: Candidate, runner: Runner, plan: Schedule, clock_ns: Callable[[], int]) -> int:
-    """Run untimed until two windows of runs have the same median; how many runs that took."""
-    at_least, series = plan.warm_up_runs, list[int]()
-    while len(series) < 10 * at_least:
-        series.append(_timed(runner, candidate.feeds[len(series) % len(candidate.feeds)], clock_ns))
-        if len(series) >= max(at_least, 2 * _WARM_UP_WINDOW):
-            before = statistics.median(series[-2 * _WARM_UP_WINDOW : -_WARM_UP_WINDOW])
-            after = statistics.median(series[-_WARM_UP_WINDOW:])
-            if abs(after - before) <= _WARM_UP_TOLERANCE * before:
-                break
-        if len(series) >= _LEAST_WARM_UP_RUNS and sum(series) / 1e9 > plan.warm_up_limit_s:
-            break
-    return len(series)
-
-
-def _interleave(
-    opened: Sequence[tuple[Candidate, Runner]], plan: Schedule, clock_ns: Callable[[], int]
-) -> dict[str, list[int]]:
-    """One run of each in turn, as often as the schedule says; the garbage collector waits."""
-    series: dict[str, list[int]] = {candidate.name: [] for candidate, _ in opened}
-    collecting = gc.isenabled()
-    started, index = clock_ns(), 0
-    gc.disable()
-    try:
-        while _goes_on(plan, index, (clock_ns() - started) / 1e9):
-            for candidate, runner in opened:
-                feeds = candidate.feeds[index % len(candidate.feeds)]
-                series[candidate.name].append(_timed(runner, feeds, clock_ns))
-            index += 1
-    finally:
-        if collecting:
-            gc.enable()
-    return series
-
-
-def _goes_on(plan: Schedule, done: int, elapsed_s: float) -> bool:
-    if done < plan.runs:
-        return done < _LEAST_RUNS or elapsed_s <= plan.most_pair_s
-    return done < _MOST_FOLD * plan.runs and elapsed_s < plan.least_pair_s
-
-
-def _timing(
-    candidate: Candidate, series_ns: Sequence[Sequence[int]], loads_ms: Sequence[float], warm_up_runs: int
-) -> Timing:
-    values_ms = np.array([value for series in series_ns for value in series], np.float64) / 1e6
-    p50, p90, p99 = (float(value) for value in np.percentile(values_ms, (50, 90, 99)))
-    mean_ms = float(values_ms.mean())
+def _timing(name: str, timed: Mapping[str, Any], samples_per_run: int) -> Timing:
+    found = device_runner.latency_of(timed, samples_per_run)
+    flat = sorted(value for series in timed["series_ns"] for value in series)
     return Timing(
-        name=candidate.name,
-        runs=len(values_ms),
-        sessions=len(series_ns),
-        warm_up_runs=warm_up_runs,
-        mean_ms=mean_ms,
-        min_ms=float(values_ms.min()),
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-        throughput_per_s=candidate.samples_per_run * 1000.0 / mean_ms,
-        load_ms=statistics.median(loads_ms),
+        name=name,
+        # Even a single run has a median.
+        p50_ms=device_runner.percentile(flat, 0.5) / 1e6,
+        intervals_ms={key: (low, high) for key, (low, high) in found["intervals_ms"].items()},
+        session_ms={key: tuple(values) for key, values in found["session_ms"].items()},
+        **{key: found[key] for key in _TAKEN},
     )
+
+
+_TAKEN = (
+    *("runs", "sessions", "warm_up_runs", "mean_ms", "min_ms", "p90_ms", "p99_ms", "p99_9_ms"),
+    *("throughput_per_s", "load_ms"),
+)

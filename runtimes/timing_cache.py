@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import secrets
-import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from .device import DeviceFeatures
-from .timing import Comparison
+from .timing import Comparison, comparison_of
 
 if sys.platform != "win32":
     import fcntl
@@ -53,12 +52,14 @@ class OperatorTiming(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Attributes:
         p50_ms, float_p50_ms: median latencies of the form and of float.
         pair_ratios: float / form, the medians of each pair of fresh sessions.
+        date: of the day it was timed (UTC), such as "2026-11-22"; empty in timings of earlier versions.
     """
 
     key: TimingKey
     p50_ms: float
     float_p50_ms: float
     pair_ratios: tuple[float, ...]
+    date: str = ""
 
     def __post_init__(self) -> None:
         numbers = (self.p50_ms, self.float_p50_ms, *self.pair_ratios)
@@ -79,15 +80,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def ratio_of(pair_ratios: Iterable[float], baseline: str, candidate: str) -> Comparison:
     """Ratios pair by pair as a comparison."""
-    ratios = tuple(pair_ratios)
-    return Comparison(
-        baseline=baseline,
-        candidate=candidate,
-        ratio=statistics.median(ratios),
-        pair_ratios=ratios,
-        low=min(ratios),
-        high=max(ratios),
-    )
+    return comparison_of(baseline, candidate, pair_ratios)
 
 
 class TimingCache:

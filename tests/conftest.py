@@ -21,9 +21,10 @@ hypothesis.settings.load_profile("edgepress")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder of the run's own: timings and exports of earlier runs decide nothing in tests."""
+    """A cache folder and a history of the run's own: earlier runs decide nothing in tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGEPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("EDGEPRESS_HISTORY", str(tmp_path_factory.mktemp("history")))
         yield
 
 

@@ -121,6 +121,19 @@ def test_jetson_rails_of_every_generation(board):
 
 
 @boards("jetson-agx-orin")
+def test_supplies_of_a_carrier_board_are_not_counted_beside_the_modules_rails(board):
+    # An AGX Orin Industrial, whose carrier board's supplies feed the module.
+    for channel, name in enumerate(("CVB_ATX_12V", "CVB_ATX_3V3", "CVB_ATX_5V"), 1):
+        folder = "/sys/bus/i2c/drivers/ina3221/2-0041/hwmon/hwmon6"
+        board.write(f"{folder}/in{channel}_label", f"{name}\n")
+        board.write(f"{folder}/in{channel}_input", "12000\n")
+        board.write(f"{folder}/curr{channel}_input", "2000\n")
+    assert runner.jetson_rails(board.probe)["CVB_ATX_12V"] == 24.0
+    (meter,), _ = runner.find_meters(board.probe)
+    assert meter.covers == "VDD_GPU_SOC+VDD_CPU_CV+VIN_SYS_5V0"
+
+
+@boards("jetson-agx-orin")
 def test_over_current_events_void_a_run(board):
     before = runner.read_state(board.probe)
     assert before["throttle_events"] == {"over-current oc1": 0, "over-current oc3": 37}
@@ -181,7 +194,7 @@ def test_rapl_counts_packages_and_memory_across_a_wrap(board):
 @given(steps=st.lists(st.integers(0, 1000), min_size=1, max_size=20), limit=st.integers(1000, 3000))
 def test_a_wrapping_counter_loses_nothing(steps, limit, tmp_path_factory):
     file = tmp_path_factory.mktemp("zone") / "energy_uj"
-    meter = runner.EnergyCounter("c", "", runner.Probe(), [(file, limit)])
+    meter = runner.EnergyCounter("c", "", [(lambda: int(file.read_text()), limit)])
     for second, total in enumerate(itertools.accumulate([0, *steps])):
         file.write_text(f"{total % limit}\n")
         meter.sample(float(second))

@@ -251,6 +251,87 @@ def test_ratio_intervals_hold_the_truth_as_often_as_they_say():
     assert runner.ratio_interval([2.0, 0.5])[0] == pytest.approx(1.0)
 
 
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)), min_size=1, max_size=40))
+def test_a_pairs_ratio_is_the_median_of_neighbours(runs):
+    ratios = sorted(Fraction(before, after) for before, after in runs)
+    middle = len(ratios) // 2
+    exact = ratios[middle] if len(ratios) % 2 else (ratios[middle - 1] + ratios[middle]) / 2
+    found = runner.pair_ratio([before for before, _ in runs], [after for _, after in runs])
+    assert found == pytest.approx(float(exact))
+
+
+def test_other_work_that_comes_and_goes_does_not_move_a_ratio():
+    # Twice as slow for some runs on end; one of the two has just one run more in the slow time.
+    slow = [1.0] * 14 + [2.0] * 16
+    before = [1250.0 * factor for factor in slow]
+    after = [1000.0 * factor for factor in [1.0] * 16 + [2.0] * 14]
+    assert runner.pair_ratio(before, after) == pytest.approx(1.25)
+    assert statistics.median(before) / statistics.median(after) == pytest.approx(2.5)
+
+
+def test_intervals_hold_the_truth_when_neighbours_share_the_noise():
+    # Load that lasts for many runs, bursts that hit single runs, and an offset of each session.
+    draw, hits, halves = random.Random(11), 0, []
+    for _ in range(300):
+        series = {"a": [], "b": []}
+        for _ in range(8):
+            offsets = {name: draw.gauss(0, 0.003) for name in series}
+            load = 0.0
+            for values in series.values():
+                values.append([])
+            for _ in range(30):
+                load = 0.95 * load + draw.gauss(0, 0.1)
+                for name, values in series.items():
+                    burst = 0.5 if draw.random() < 0.05 else 0.0
+                    values[-1].append(1e6 * math.exp(offsets[name] + load + burst + draw.gauss(0, 0.01)))
+        found = runner.compare({"series_ns": series["a"]}, {"series_ns": series["b"]})
+        hits += found["low"] <= 1.0 <= found["high"]
+        halves.append((found["high"] - found["low"]) / 2)
+    assert 0.92 * 300 <= hits <= 0.98 * 300
+    assert statistics.median(halves) < 0.01  # though the load changes latencies by 30 %
+
+
+def test_intervals_of_percentiles_hold_the_truth_though_runs_of_a_session_are_alike():
+    draw, hits, pooled = random.Random(3), 0, 0
+    for _ in range(200):
+        offsets = [draw.gauss(0, 0.02) for _ in range(8)]
+        series = [
+            [round(1e6 * math.exp(offset + draw.gauss(0, 0.005))) for _ in range(40)] for offset in offsets
+        ]
+        found = runner.latency_of({"series_ns": series, "load_ms": [1.0] * 8, "warm_up_runs": 0})
+        low, high = found["intervals_ms"]["p50"]
+        hits += low <= 1.0 <= high
+        low, high = runner.quantile_interval(sorted(value for one in series for value in one), 0.5)
+        pooled += low <= 1e6 <= high
+    assert hits >= 0.92 * 200
+    assert pooled < 0.6 * 200  # as if all runs were independent
+
+
+def test_a_tail_of_few_runs_is_bounded_by_order_statistics_alone():
+    draw = random.Random(0)
+    series = [[round(1e6 * draw.lognormvariate(0, 0.1)) for _ in range(150)] for _ in range(3)]
+    series[0][7] = 10**9  # one run of 450
+    found = runner.latency_of({"series_ns": series, "load_ms": [1.0] * 3, "warm_up_runs": 0})
+    pooled = runner.summarise([value for one in series for value in one])["intervals_ms"]
+    assert found["intervals_ms"]["p99"] == pooled["p99"]
+    assert found["intervals_ms"]["p90"][1] >= pooled["p90"][1]
+
+
+def test_a_percentile_is_not_below_a_lower_one():
+    found = runner.in_order([[1.0, 2.0], [1.5, 9.0], [0.1, 7.0], [None, None]])
+    assert found == [[1.0, 2.0], [1.5, 7.0], [1.5, 7.0], [None, None]]
+    assert runner.in_order([[1.0, 8.0], [2.0, 5.0]]) == [[1.0, 5.0], [2.0, 5.0]]
+    assert runner.in_order([]) == []
+
+
+def test_an_interval_is_only_widened():
+    assert runner.widened([9.0, 11.0], [10.0]) == [9.0, 11.0]
+    assert runner.widened([9.0, 11.0], [10.0, 10.0, 10.0]) == [9.0, 11.0]
+    low, high = runner.widened([9.9, None], [9.0, 10.0, 11.0])
+    assert high is None
+    assert low == pytest.approx(runner.ratio_interval([9.0, 10.0, 11.0])[1])
+
+
 class Clock:
     """A clock in nanoseconds that moves when somebody works or sleeps, and by a little when it is read."""
 

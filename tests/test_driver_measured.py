@@ -127,7 +127,7 @@ def test_a_static_form_counts_with_and_without_its_conversions(tmp_path, inside,
     if in_context:
         changed = in_float(result, result.in_context, "tried")
         assert {verdict.form for verdict in changed.values()} == {"float"}
-        assert changed["c1"].reason.startswith("tried (timed here, Conv of this size")
+        assert changed["c1"].reason.startswith("tried (timed on fake, Conv of this size")
 
 
 def test_both_signs_are_timed_where_the_profile_has_both(tmp_path):

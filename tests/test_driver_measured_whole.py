@@ -9,7 +9,6 @@ import pytest
 from driver_case import cnn, images, mlp, vectors
 from edgepress.compress.choice import Verdict
 from edgepress.compress.recipe import DriftLimit, Recipe, parse_recipe, read_recipe, to_toml
-from edgepress.driver import compile as compile_module
 from edgepress.driver import measured_stage
 from edgepress.driver.compile import compile_model
 from edgepress.driver.local_benchmark import BASELINE, COMPILED, WITHOUT_OPTIONS
@@ -220,7 +219,7 @@ def timed_as(monkeypatch, *results):
         asked.append(([name for name, *_ in forms], options["rounds"]))
         return left.pop(0) if len(left) > 1 else left[0]
 
-    monkeypatch.setattr(compile_module, "time_against_baseline", time)
+    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", time)
     return asked
 
 

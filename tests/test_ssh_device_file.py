@@ -1,7 +1,7 @@
 """Devices files: what they may say, and whom a group names."""
 
 import pytest
-from edgepress.graph.errors import NotSupported, RecipeError
+from edgepress.graph.errors import RecipeError
 from edgepress.runtimes.device_file import choose_devices, read_devices
 
 LAB = """
@@ -77,7 +77,9 @@ def test_a_file_that_is_not_there(tmp_path):
         read_devices(tmp_path / "absent.toml")
 
 
-def test_emulated_boards_are_not_there_yet(tmp_path):
-    with pytest.raises(NotSupported) as caught:
-        read_devices(write(tmp_path, "[devices.pi]\nurl = 'emulated:raspberry-pi-5'"))
+def test_emulated_boards_are_devices_too(tmp_path):
+    [entry] = read_devices(write(tmp_path, "[devices.pi]\nurl = 'emulated:raspberry-pi-5'"))
+    assert entry.url == "emulated:raspberry-pi-5"
+    with pytest.raises(RecipeError) as caught:
+        read_devices(write(tmp_path, "[devices.pi]\nurl = 'emulated:raspberry-pi-1'"))
     assert "[devices.pi]" in caught.value.where

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import ssh_case
-from edgepress.graph.errors import NotSupported, RecipeError, RuntimeUnavailable
+from edgepress.graph.errors import RecipeError, RuntimeUnavailable
 from edgepress.runtimes.remote import DeviceUrl, parse_device_url
 from edgepress.runtimes.ssh_errors import clean_lines, trouble_kind, unreachable
 
@@ -82,10 +82,12 @@ def test_a_password_is_refused_and_never_shown():
         assert "hunter2" not in str(caught.value)
 
 
-def test_emulated_boards_are_not_there_yet():
-    with pytest.raises(NotSupported, match="raspberry-pi-5") as caught:
-        parse_device_url("emulated:raspberry-pi-5")
-    assert "ssh://" in caught.value.remedy
+def test_emulated_boards_have_names():
+    url = parse_device_url("emulated:raspberry-pi-5")
+    assert (url.kind, url.host, str(url)) == ("emulated", "raspberry-pi-5", "emulated:raspberry-pi-5")
+    with pytest.raises(RecipeError, match="raspberry-pi-6") as caught:
+        parse_device_url("emulated:raspberry-pi-6")
+    assert "emulated:raspberry-pi-" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
