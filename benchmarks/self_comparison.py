@@ -69,7 +69,7 @@ def compare_once(bundle: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def method_digest() -> str:
     """What stands for the way of measuring: comparisons made in another way are not counted together."""
-    parts: tuple[Any, ...] = (runner.pair_ratio, runner.ratio_interval, runner.Plan)
+    parts: tuple[Any, ...] = (runner.pair_ratio, runner.balanced_interval, runner.Plan)
     parts += (runner.time_entries, runner.warm_up, runner.timed_runs)
     return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from ..runtimes.device_runner import ratio_interval, student_95
+from ..runtimes.device_runner import balanced_interval, ratio_interval, student_95
 from .history_rows import METRICS, Measurement, Metric, Unit, comparable
 
 Basis = Literal["exact", "sessions", "percentiles", "run to run", "assumed"]
@@ -172,7 +172,8 @@ def _within(
         count = min(len(old), len(new))
         if count >= 2 and min(*old, *new) > 0:
             ratios = [late / early for early, late in zip(old[:count], new[:count], strict=True)]
-            middle, low, high = ratio_interval(ratios)
+            interval = balanced_interval if before.run == after.run else ratio_interval
+            middle, low, high = interval(ratios)
             if low is not None and high is not None:
                 return middle, min(low, ratio), max(high, ratio), "sessions"
     (old_low, old_high), (new_low, new_high) = metric.interval(before), metric.interval(after)

@@ -62,7 +62,7 @@ def format_known_ms(value: float | None) -> str:
 
 
 def format_ratio(comparison: Comparison) -> str:
-    """How many times as fast as the baseline: the geometric mean over the pairs with its 95 % interval.
+    """How many times as fast as the baseline: the mean over the pairs with its 95 % interval.
 
     Where there is no interval, the median with the range over the pairs of sessions.
     """

@@ -88,11 +88,17 @@ def encode_run(record: RunRecord) -> bytes:
     return to_json(msgspec.structs.replace(record, sha256=digest))
 
 
+def _order(path: Path) -> tuple[str, int, str]:
+    """benchmark.json before benchmark-2.json, and that before benchmark-10.json."""
+    name, _, number = path.stem.rpartition("-")
+    return (name, int(number), "") if name and number.isdecimal() else (path.stem, 1, path.name)
+
+
 def read_runs(bundle: Path) -> tuple[dict[str, RunRecord], list[str]]:
-    """The records of runs/ by file name, and what is wrong with the others, one line each."""
+    """The records of runs/ by file name, in the order they were written, and what is wrong with the others."""
     found, problems = {}, []
     digest = bundle_digest(bundle)
-    for path in sorted((bundle / RUNS_NAME).glob("*.json")):
+    for path in sorted((bundle / RUNS_NAME).glob("*.json"), key=_order):
         name = f"{RUNS_NAME}/{path.name}"
         try:
             data = path.read_bytes()

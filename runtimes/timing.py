@@ -130,8 +130,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         ratio: median over the pairs: what choices are made by, since one odd pair does not move it.
         pair_ratios: one per pair of fresh sessions, the median ratio of neighbouring runs.
         low, high: the smallest and largest of them.
-        mean_ratio: their geometric mean, as the device runner gives it; with `interval`, its 95 % interval
-            by Student's t, None where there is only one pair.
+        mean_ratio: their mean, as the device runner gives it (`balanced_interval`); with `interval`, its
+            95 % interval by Student's t, None where there is only one pair.
     """
 
     baseline: str
@@ -279,7 +279,7 @@ def comparison_of(baseline: str, candidate: str, pair_ratios: Iterable[float]) -
         pair_ratios: baseline / candidate of each pair of fresh sessions, at least one.
     """
     ratios = tuple(pair_ratios)
-    mean, low, high = device_runner.ratio_interval(ratios)
+    mean, low, high = device_runner.balanced_interval(ratios)
     return Comparison(
         baseline=baseline,
         candidate=candidate,

@@ -464,3 +464,36 @@ def test_offline_and_the_choice_of_batches():
         "more_queries": 0,
     }
     assert asked == [8, 8, 1, 1]
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=3, max_size=12))
+def test_an_interval_of_pairs_is_least_squares_with_the_order_as_a_second_unknown(ratios):
+    logs, count = np.log(ratios), len(ratios)
+    design = np.stack([np.ones(count), (-1.0) ** np.arange(count)], axis=1)
+    found, *_ = np.linalg.lstsq(design, logs, rcond=None)
+    noise = np.sum((logs - design @ found) ** 2) / (count - 2)
+    half = runner.student_95(count - 2) * np.sqrt(noise * np.linalg.inv(design.T @ design)[0, 0])
+    middle, low, high = runner.balanced_interval(ratios)
+    assert middle == pytest.approx(np.exp(found[0]))
+    assert low == pytest.approx(np.exp(found[0] - half), abs=1e-9)
+    assert high == pytest.approx(np.exp(found[0] + half), abs=1e-9)
+
+
+def test_the_order_of_opening_widens_no_interval_and_moves_no_ratio():
+    noise = [1.01, 0.99, 1.0, 1.02, 0.98, 1.0, 1.01, 0.99]
+    ordered = [value * (1.05 if index % 2 == 0 else 1 / 1.05) for index, value in enumerate(noise)]
+    assert runner.balanced_interval(ordered) == pytest.approx(runner.balanced_interval(noise))
+    _, low, high = runner.ratio_interval(ordered)
+    _, low_balanced, high_balanced = runner.balanced_interval(ordered)
+    assert high_balanced - low_balanced < (high - low) / 3
+    assert runner.balanced_interval([1.1, 0.9]) == runner.ratio_interval([1.1, 0.9])
+
+
+def test_balanced_intervals_hold_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(5)
+    hits = 0
+    for _ in range(2000):
+        logs = 0.03 * (-1.0) ** np.arange(8) + generator.normal(0.02, 0.01, 8)
+        _, low, high = runner.balanced_interval(np.exp(logs).tolist())
+        hits += low <= math.exp(0.02) <= high
+    assert 0.935 <= hits / 2000 <= 0.965

@@ -147,10 +147,10 @@ def test_statistics_equal_a_slow_loop(costs: list[int]) -> None:
 def test_ratios_are_those_of_the_medians_pair_by_pair() -> None:
     comparison = compare("a", "b", [[10, 30, 20], [40, 40, 40]], [[10, 10, 10], [10, 20, 30]])
     assert comparison.pair_ratios == (2.0, 2.0)
-    comparison = compare("a", "b", [[30], [20], [100]], [[10], [10], [10]])
+    comparison = compare("a", "b", [[30], [20], [100], [30]], [[10], [10], [10], [10]])
     assert (comparison.ratio, comparison.low, comparison.high) == (3.0, 2.0, 10.0)
     assert comparison.ratio == statistics.median(comparison.pair_ratios)
-    assert comparison.mean_ratio == pytest.approx((3 * 2 * 10) ** (1 / 3))
+    assert comparison.mean_ratio == pytest.approx((3 * 2 * 10 * 3) ** (1 / 4))
     assert comparison.interval is not None
     assert comparison.interval[0] < comparison.mean_ratio < comparison.interval[1]
     assert compare("a", "b", [[2]], [[1]]).interval is None  # one pair shows no spread
