@@ -95,7 +95,10 @@ def _order(path: Path) -> tuple[str, int, str]:
 
 
 def read_runs(bundle: Path) -> tuple[dict[str, RunRecord], list[str]]:
-    """The records of runs/ by file name, in the order they were written, and what is wrong with the others."""
+    """The records of runs/ by file name, and what is wrong with the others, one line each.
+
+    Those of one name come in the order they were written in.
+    """
     found, problems = {}, []
     digest = bundle_digest(bundle)
     for path in sorted((bundle / RUNS_NAME).glob("*.json"), key=_order):

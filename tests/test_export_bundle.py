@@ -382,7 +382,7 @@ def test_runs_are_numbered_and_bound(contents, tmp_path):
     record = json.loads((out / "runs/benchmark-2.json").read_text())
     assert record["payload"] == {"p50_ms": 2.5}
     assert record["bundle"] == hashlib.sha256((out / "SHA256SUMS").read_bytes()).hexdigest()
-    assert verify_bundle(out).runs == ("benchmark-2.json", "benchmark.json", "golden.json")
+    assert verify_bundle(out).runs == ("benchmark.json", "benchmark-2.json", "golden.json")
     with pytest.raises(ModelError, match="not an edgepress bundle"):
         append_run(tmp_path, "benchmark", {})
     with pytest.raises(InternalError):
