@@ -105,8 +105,7 @@ def count(report: Report, cache: Path, work: Work) -> list[Any]:
     report.add(f"{board}/{name}", result)
     outputs = "within" if result["outputs"]["within_tolerance"] else "OUT OF"
     plain = found["baseline"]["total"]
-    cells = [f"{found['bundle'][key] / 1e6:.2f}" for key in _WIDE]
-    base = [f"{found['baseline'][key] / 1e6:.2f}" for key in _WIDE]
+    cells, base = _millions(found["bundle"]), _millions(found["baseline"])
     shapes = " ".join("x".join(map(str, shape)) for shape in result["benchmark"]["shapes"].values())
     return [
         (board, name.partition(" ")[0], "FP32", shapes, *base, "100 %", "", ""),
@@ -117,6 +116,11 @@ def count(report: Report, cache: Path, work: Work) -> list[Any]:
             f"{took_s:.0f} s",
         ),
     ]
+
+
+def _millions(found: dict[str, Any]) -> list[str]:
+    half = found["by_kind"].get("fmla_16", 0.0)
+    return [*(f"{found[key] / 1e6:.2f}" for key in _WIDE), f"{half / 1e6:.2f}"]
 
 
 def replay(report: Report, cache: Path, work: Work) -> Any:
@@ -159,7 +163,10 @@ def main() -> int:
                 kernels.append((board, name, *_kernel_cells(*replay(report, cache, work))))
     report.table(
         "instructions of one inference, millions, one thread, imports and loading not counted",
-        ("board", "model", "form", "inputs", *_WIDE, "of FP32", "golden samples", "one command"),
+        (
+            *("board", "model", "form", "inputs", *_WIDE, "of it FP16", "of FP32", "golden samples"),
+            "one command",
+        ),
         rows,
     )
     if kernels:
