@@ -71,7 +71,8 @@ def method_digest() -> str:
     """What stands for the way of measuring: comparisons made in another way are not counted together."""
     parts: tuple[Any, ...] = (runner.pair_ratio, runner.balanced_interval, runner.Plan)
     parts += (runner.time_entries, runner.warm_up, runner.timed_runs)
-    return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()
+    text = "".join(map(inspect.getsource, parts)) + str(runner._PROCESS_SPREAD)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def recorded(path: Path, key: str) -> list[dict[str, Any]]:

@@ -273,9 +273,9 @@ def test_intervals_hold_the_truth_when_neighbours_share_the_noise():
     # Load that lasts for many runs, bursts that hit single runs, and an offset of each session.
     draw, hits, halves = random.Random(11), 0, []
     for _ in range(300):
-        series = {"a": [], "b": []}
+        series, process = {"a": [], "b": []}, draw.gauss(0, runner._PROCESS_SPREAD)
         for _ in range(8):
-            offsets = {name: draw.gauss(0, 0.003) for name in series}
+            offsets = {name: draw.gauss(0, 0.003) + process * (name == "a") for name in series}
             load = 0.0
             for values in series.values():
                 values.append([])
@@ -472,7 +472,8 @@ def test_an_interval_of_pairs_is_least_squares_with_the_order_as_a_second_unknow
     design = np.stack([np.ones(count), (-1.0) ** np.arange(count)], axis=1)
     found, *_ = np.linalg.lstsq(design, logs, rcond=None)
     noise = np.sum((logs - design @ found) ** 2) / (count - 2)
-    half = runner.student_95(count - 2) * np.sqrt(noise * np.linalg.inv(design.T @ design)[0, 0])
+    own = runner.student_95(count - 2) * np.sqrt(noise * np.linalg.inv(design.T @ design)[0, 0])
+    half = np.hypot(own, 1.960 * runner._PROCESS_SPREAD)
     middle, low, high = runner.balanced_interval(ratios)
     assert middle == pytest.approx(np.exp(found[0]))
     assert low == pytest.approx(np.exp(found[0] - half), abs=1e-9)
@@ -493,7 +494,8 @@ def test_balanced_intervals_hold_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(5)
     hits = 0
     for _ in range(2000):
-        logs = 0.03 * (-1.0) ** np.arange(8) + generator.normal(0.02, 0.01, 8)
+        common = generator.normal(0.02, runner._PROCESS_SPREAD)  # of all pairs of one process
+        logs = 0.03 * (-1.0) ** np.arange(8) + generator.normal(common, 0.01, 8)
         _, low, high = runner.balanced_interval(np.exp(logs).tolist())
         hits += low <= math.exp(0.02) <= high
     assert 0.935 <= hits / 2000 <= 0.965
