@@ -172,7 +172,8 @@ def _within(
         count = min(len(old), len(new))
         if count >= 2 and min(*old, *new) > 0:
             ratios = [late / early for early, late in zip(old[:count], new[:count], strict=True)]
-            interval = balanced_interval if before.run == after.run else ratio_interval
+            paired = before.run == after.run and metric.name != "cold_start"  # opened in alternating order
+            interval = balanced_interval if paired else ratio_interval
             middle, low, high = interval(ratios)
             if low is not None and high is not None:
                 return middle, min(low, ratio), max(high, ratio), "sessions"
