@@ -84,6 +84,7 @@ class DebianPackages:
             'Dir::Etc::sourceparts "-";',
             'APT::Sandbox::User "";',
             'Acquire::Languages "none";',
+            'APT::Update::Error-Mode "any";',  # a mirror that is not there is an error, not a warning
         ]
         (self._folder / "apt.conf").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
