@@ -34,13 +34,13 @@ def main(words: list[str]) -> int:
     if _libc.unshare(_NEWUSER | _NEWNS | _NEWPID | _NEWUTS | _NEWIPC) != 0:
         return _failed(NO_NAMESPACE, "new namespaces")
     if not request["stays"]:
-        _end_with_parent()  # new capabilities made the kernel forget it
+        end_with_parent()  # new capabilities made the kernel forget it
     os.write(ready, b".")
     if os.read(go, 1) != b".":
         return NO_NAMESPACE
     child = os.fork()
     if child == 0:
-        _end_with_parent()
+        end_with_parent()
         os.close(ready)
         os.close(go)
         os._exit(_first_process(request))
@@ -104,7 +104,8 @@ def _mount(source: str, target: Path, kind: str | None, flags: int) -> None:
         raise OSError(number, os.strerror(number), str(target))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let the kernel end this process when its parent ends."""
     parent = os.getppid()
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended in between

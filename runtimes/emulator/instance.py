@@ -24,7 +24,7 @@ from ...graph.errors import OutputError, RuntimeUnavailable
 from ..remote import DeviceUrl
 from ..ssh_connection import SshSettings
 from .boards import EmulatedBoard
-from .enter import NO_BINFMT, NO_MOUNT, NO_NAMESPACE
+from .enter import NO_BINFMT, NO_MOUNT, NO_NAMESPACE, end_with_parent
 from .folders import new_folder
 from .install import Emulator
 from .process import ProcessConnection, write_launcher
@@ -245,7 +245,8 @@ class BoardInstance:
                     why=self.why_not_whole,
                     remedy="run python3 SCRIPT, or use root and Linux 6.7 or later",
                 )
-            done = subprocess.run(program, cwd=bind, env=process_environment(self.folder) | own, check=False)
+            variables = process_environment(self.folder) | own
+            done = subprocess.run(program, cwd=bind, env=variables, preexec_fn=end_with_parent, check=False)
             return done.returncode if done.returncode >= 0 else 128 - done.returncode
         shell = ["/bin/bash", "-c", 'exec "$@"', "bash", *words]
         process = self._enter(shell, binds=[] if bind is None else [(bind, "host")], environment=own)
@@ -267,6 +268,7 @@ class BoardInstance:
             process = subprocess.Popen(
                 [str(launcher), *words[1:]],
                 env=process_environment(self.folder) | own,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - it only makes one system call
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
