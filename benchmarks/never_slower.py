@@ -29,7 +29,7 @@ from edgepress.benchmarks.report import Report, parser
 from edgepress.benchmarks.sessions import Array, Form, time_forms
 from edgepress.benchmarks.zoo import ARCHITECTURES
 from edgepress.compress.recipe import DriftLimit, Recipe, write_recipe
-from edgepress.driver.local_benchmark import timing_inputs
+from edgepress.driver.measuring.local_benchmark import timing_inputs
 from edgepress.frontends.source import load_source
 from edgepress.runtimes.timing import Schedule
 

@@ -25,15 +25,15 @@ from ..runtimes.feeds import fit_floats
 from ..runtimes.ort_runtime import OrtSession
 from ..runtimes.peak_memory import ColdStart, measure_cold_start
 from ..runtimes.timing import BenchmarkResult, Candidate, Schedule, benchmark
-from .after_run import finish, request_of
-from .device_options import on_devices
-from .history_record import local_run, measured, utc_now
+from .devices.options import on_devices
+from .devices.scenario_options import asks_for_runner
+from .history.after_run import finish, request_of
+from .history.record import local_run, measured, utc_now
 from .input_shapes import input_shapes
 from .opened import Opened, open_named
 from .options import shapes_from
 from .output import Answer
 from .reporter import Reporter, absolute_progress
-from .scenario_options import asks_for_runner
 from .timing_tables import interval_table, measured_how, timing_table
 
 Feeds = Mapping[str, Array]
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     """
     request = request_of(arguments)
     if on_devices(arguments) or asks_for_runner(arguments):
-        from . import device_commands
+        from .devices import commands as device_commands
 
         entries = device_commands.devices_of(arguments)
         if not entries and asks_for_runner(arguments):

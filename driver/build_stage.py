@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from .candidate import Candidate, build
 from .conditioning import Conditions, condition
-from .local_benchmark import timing_inputs
-from .measured_stage import MeasuredStages
+from .measuring.local_benchmark import timing_inputs
+from .measuring.stages import MeasuredStages
 from .observing import ranges_digest
 from .refining import TIMED, refine
 

@@ -29,10 +29,10 @@ from ..graph.errors import (
     RuntimeUnavailable,
     Unavailable,
 )
+from .history.formats import check_format, deliver
 from .options import parse_arguments
 from .output import Answer, write_answer
 from .reporter import Reporter, Verbosity, console_reporter
-from .result_formats import check_format, deliver
 
 # The module of each command is loaded only when the command runs: `--help` stays cheap.
 _COMMAND_MODULES = {
@@ -42,9 +42,9 @@ _COMMAND_MODULES = {
     "run": "run_command",
     "drift": "drift_command",
     "benchmark": "benchmark_command",
-    "history": "history_command",
+    "history": "history.command",
     "targets": "targets_command",
-    "emulator": "emulator_command",
+    "emulator": "devices.emulator_command",
     "doctor": "doctor_command",
 }
 

@@ -23,11 +23,11 @@ from .command_parts import (
     Option,
 )
 from .compile_options import COMPILE
-from .device_options import DEVICE_OPTIONS, PROBE_OPTIONS
-from .emulator_options import EMULATOR
-from .history_options import AFTER_RUN_OPTIONS, HISTORY, NO_HISTORY
-from .kernel_options import KERNEL_OPTIONS
-from .scenario_options import MEASURING_OPTIONS
+from .devices.emulator_options import EMULATOR
+from .devices.kernel_options import KERNEL_OPTIONS
+from .devices.options import DEVICE_OPTIONS, PROBE_OPTIONS
+from .devices.scenario_options import MEASURING_OPTIONS
+from .history.options import AFTER_RUN_OPTIONS, HISTORY, NO_HISTORY
 
 INSPECT = Command(
     name="inspect",

@@ -28,10 +28,10 @@ from .cache import cache_folder
 from .calib_cache import CalibCache
 from .candidate import Candidate, build, check_samples, prepare
 from .data_sets import open_data_sets
-from .device_planning import record_of, try_bundle
 from .input_shapes import check_shapes
-from .local_benchmark import slowness
-from .measured_stage import TimedForm
+from .measuring.device_planning import record_of, try_bundle
+from .measuring.local_benchmark import slowness
+from .measuring.stages import TimedForm
 from .mixed_plan import completion_of
 from .observing import ranges_digest
 from .pareto import ParetoLog

@@ -11,7 +11,7 @@ import msgspec
 from ..graph.errors import OutputError
 from ..targets.host import runtime_version
 from .compile import compile_model
-from .device_planning import planning_device
+from .measuring.device_planning import planning_device
 from .options import recipe_from
 from .output import Answer
 from .reporter import Reporter

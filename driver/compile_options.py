@@ -23,7 +23,7 @@ from .command_parts import (
     Command,
     Option,
 )
-from .device_options import DEVICE_OPTIONS
+from .devices.options import DEVICE_OPTIONS
 
 COMPILE = Command(
     name="compile",

@@ -18,7 +18,7 @@ import msgspec
 from .. import __version__
 from ..graph.errors import EXIT_OK, EXIT_UNAVAILABLE, EdgepressError
 from .cache import cache_folder
-from .device_options import on_devices
+from .devices.options import on_devices
 from .output import Answer, Table, format_bytes
 from .reporter import Reporter
 
@@ -52,7 +52,8 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     """Make all checks, here or on devices; exit code 4 if one of them keeps edgepress from working."""
     if on_devices(arguments):
-        from . import device_checks, device_commands
+        from .devices import checks as device_checks
+        from .devices import commands as device_commands
 
         if entries := device_commands.devices_of(arguments):
             return device_checks.doctor(entries, reporter)

@@ -21,10 +21,10 @@ from ..runtimes.ort_runtime import OrtSession
 from .candidate import difference
 from .input_shapes import input_shapes
 from .limit_stage import LimitStages
-from .local_benchmark import COMPILED
+from .measuring.local_benchmark import COMPILED
+from .measuring.width_times import WidthTimes
 from .output import format_bytes
 from .reporter import absolute_progress
-from .width_times import WidthTimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

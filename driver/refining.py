@@ -27,7 +27,7 @@ from ..runtimes.base import SessionOptions
 from ..runtimes.ort_runtime import OrtSession
 from .budget import steps
 from .candidate import difference
-from .local_benchmark import time_against_baseline
+from .measuring.local_benchmark import time_against_baseline
 from .observing import observe_ranges
 
 if TYPE_CHECKING:

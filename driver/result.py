@@ -12,7 +12,7 @@ from ..compress.plan import Plan
 from ..compress.recipe import Recipe
 from ..graph.passes import Refusal
 from ..targets.profile import Evidence
-from .device_planning import BundleRunner, DeviceRecord
+from .measuring.device_planning import BundleRunner, DeviceRecord
 
 if TYPE_CHECKING:
     from ..calibration.drift import DriftReport

@@ -10,7 +10,7 @@ import msgspec
 
 from ..graph.errors import OutputError, RecipeError
 from .cache import cache_folder
-from .device_options import on_devices
+from .devices.options import on_devices
 from .output import Answer, Table
 from .reporter import Reporter
 
@@ -33,12 +33,13 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         return _list()
     if arguments.subcommand == "probe":
         if arguments.measure:
-            from . import probe_measure
+            from .measuring import probe
 
-            return probe_measure.run(arguments, reporter)
+            return probe.run(arguments, reporter)
         _refuse_without_measure(arguments)
         if on_devices(arguments):
-            from . import device_checks, device_commands
+            from .devices import checks as device_checks
+            from .devices import commands as device_commands
 
             if entries := device_commands.devices_of(arguments):
                 return device_checks.probe(entries, reporter)
@@ -86,7 +87,7 @@ def _host(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     from ..runtimes.device import LocalDevice
     from ..runtimes.timing_cache import TimingCache
     from ..targets.registry import load_target, to_toml
-    from .measured_profile import comment_lines, timing_rows
+    from .measuring.profile import comment_lines, timing_rows
 
     if arguments.clear_timings:
         _clear(reporter)
@@ -124,8 +125,8 @@ def _clear(reporter: Reporter) -> None:
 
 def _export(path: Path, profile: TargetProfile, cache: TimingCache, reporter: Reporter) -> None:
     """Write the host's profile with its timed kernels, whole or not at all."""
-    from .measured_profile import measured_profile
-    from .profile_file import check_place, write_profile
+    from .measuring.profile import measured_profile
+    from .measuring.profile_file import check_place, write_profile
 
     made = measured_profile(profile, cache.timings(), cache.device, name=check_place(path).stem)
     write_profile(path, made)

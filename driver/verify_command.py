@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..graph.errors import ModelError, RecipeError, VerifyFailed
-from .device_options import on_devices
-from .history_record import keep, utc_now, verify_run
+from .devices.options import on_devices
+from .history.record import keep, utc_now, verify_run
 from .output import Answer, Table, format_bytes
 from .reporter import Reporter, Stage
 
@@ -24,7 +24,8 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
         RecipeError: if options contradict each other.
     """
     if arguments.kernels:
-        from . import device_commands, kernel_replay
+        from .devices import commands as device_commands
+        from .devices import kernel_replay
 
         entries = device_commands.devices_of(arguments) if on_devices(arguments) else ()
         return kernel_replay.run(arguments, entries, reporter)
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
             remedy="add --kernels, or use `edgepress drift`",
         )
     if on_devices(arguments):
-        from . import device_commands
+        from .devices import commands as device_commands
 
         if entries := device_commands.devices_of(arguments):
             return device_commands.verify(arguments, entries, reporter)

@@ -6,7 +6,7 @@ import platform
 import shutil
 
 import pytest
-from edgepress.driver.emulated_devices import emulator
+from edgepress.driver.devices.emulated import emulator
 from edgepress.graph.errors import RuntimeUnavailable
 from edgepress.runtimes.emulator.boards import BOARDS
 

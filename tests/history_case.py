@@ -1,6 +1,6 @@
 """Runs and results of devices for the tests of the history, made up."""
 
-from edgepress.driver.history_rows import Measurement, RecordedRun, run_id
+from edgepress.driver.history.rows import Measurement, RecordedRun, run_id
 
 LATENCY = {
     "runs": 100, "sessions": 2, "warm_up_runs": 10, "mean_ms": 10.5, "min_ms": 9.0, "max_ms": 14.0,

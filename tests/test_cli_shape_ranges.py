@@ -140,7 +140,7 @@ def test_golden_samples_are_of_the_ends_and_the_range_stands_in_the_manifest(tmp
 
 
 def test_the_usual_shape_is_timed_with_its_batch(tmp_path, monkeypatch, capsys):
-    from edgepress.driver.local_benchmark import timing_inputs
+    from edgepress.driver.measuring.local_benchmark import timing_inputs
     from edgepress.frontends.source import load_source
 
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import compress_case as case
 import pytest
 from edgepress.compress.choice import choose_kernel
 from edgepress.driver.cli import main
-from edgepress.driver.measured_profile import measured_profile
+from edgepress.driver.measuring.profile import measured_profile
 from edgepress.driver.options import parse_arguments, recipe_from
 from edgepress.runtimes.device import LocalDevice
 from edgepress.runtimes.timing_cache import OperatorTiming, TimingCache, TimingKey

@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from edgepress.driver.device_planning import Fit, fit_of
+from edgepress.driver.measuring.device_planning import Fit, fit_of
 from edgepress.graph.errors import NotSupported, TargetError
 from edgepress.runtimes.device import DeviceFeatures, LocalDevice
 from edgepress.targets.registry import load_target

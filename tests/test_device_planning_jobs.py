@@ -1,6 +1,7 @@
 """Many jobs timed on a device in one go: groups, budgets, what the runtime refuses, crashes and cuts."""
 
 import ast
+import json
 from pathlib import Path
 
 import compress_case as case
@@ -14,6 +15,7 @@ from edgepress.runtimes import remote_jobs
 from edgepress.runtimes.base import SessionOptions
 from edgepress.runtimes.device import Device, Form, LocalDevice
 from edgepress.runtimes.ssh_jobs import SshTimer
+from edgepress.runtimes.ssh_session import ProgramEnd
 from edgepress.runtimes.timing import Schedule
 from edgepress.runtimes.timing_jobs import JobTimer, TimingJob, time_jobs
 
@@ -151,3 +153,46 @@ def test_weights_go_with_a_model_once_and_are_removed_at_the_end(tmp_path):
     kept = timer.put([home / "m.onnx"])
     timer.__exit__(RuntimeUnavailable, RuntimeUnavailable("the device went away"), None)
     assert str(kept.parent) not in board.removed  # nobody waits for a device that is away
+
+
+GOOD = {"series_ns": [[5, 6]], "load_ms": [1.0], "warm_up_runs": 1}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "no JSON",
+        "{}",
+        '[{"index": 7}]',
+        '[{"index": -1}]',
+        '[{"index": 0}, {"index": 0}]',
+        '[{"index": 0, "elapsed_s": -5}]',
+        '[{"index": 0, "elapsed_s": NaN}]',
+        json.dumps([{"index": 0, "found": {"other": GOOD}}]),
+        json.dumps([{"index": 0, "found": {"float": {**GOOD, "series_ns": [[0, 1]]}}}]),
+        json.dumps([{"index": 0, "found": {"float": {**GOOD, "series_ns": [[]]}}}]),
+        json.dumps([{"index": 0, "found": {"float": {**GOOD, "series_ns": []}}}]),
+        json.dumps([{"index": 0, "found": {"float": {**GOOD, "load_ms": []}}}]),
+    ],
+)
+def test_a_device_that_writes_no_times_is_not_believed(tmp_path, written):
+    board = Board(tmp_path)
+    board.run_program = lambda *_, **__: ProgramEnd(
+        status=0, result=written.encode(), told=(), elapsed_s=1.0, clock_jump_s=0.0
+    )
+    with pytest.raises(RuntimeUnavailable, match="no valid times"):
+        list(SshTimer(board).time_jobs([job()], budget_s=60))
+
+
+def test_what_fails_takes_time_from_the_budget_too(tmp_path):
+    board, begun = Board(tmp_path), []
+    ended = json.dumps([{"index": 0, "elapsed_s": 50.0, "reason": "no such kernel"}]).encode()
+
+    def run_program(_files, words, **_):
+        begun.append(words)
+        return ProgramEnd(status=0, result=ended, told=(), elapsed_s=50.0, clock_jump_s=0.0)
+
+    board.run_program = run_program
+    jobs = [job(form(f"job {place}"), estimate_s=1.0) for place in range(4)]
+    assert len(list(SshTimer(board).time_jobs(jobs, budget_s=52))) == 1
+    assert len(begun) == 1

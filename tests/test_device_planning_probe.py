@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 import ssh_case
-from edgepress.driver import probe_models
 from edgepress.driver.cli import main
-from edgepress.driver.measured_models import FLOAT16, WITH_CONVERSIONS
-from edgepress.driver.measured_profile import kernel_speeds
-from edgepress.driver.operator_times import time_kinds
-from edgepress.driver.probe_measure import probe
-from edgepress.driver.probe_models import float16_forms, probed_kinds
+from edgepress.driver.measuring import probe_models
+from edgepress.driver.measuring.operator_models import FLOAT16, WITH_CONVERSIONS
+from edgepress.driver.measuring.operator_times import time_kinds
+from edgepress.driver.measuring.probe import probe
+from edgepress.driver.measuring.probe_models import float16_forms, probed_kinds
+from edgepress.driver.measuring.profile import kernel_speeds
 from edgepress.driver.reporter import SilentReporter
 from edgepress.graph.errors import ModelError, RuntimeUnavailable
 from edgepress.runtimes.device import DeviceFeatures, LocalDevice
@@ -123,7 +123,7 @@ def test_kernels_get_their_speed_and_its_noise(tmp_path):
     kernel = made.profile.kernel("MatMul", "dynamic", weight="int8")
     assert (kernel.speedup_over_float, kernel.evidence) == (2.01, "measured-on-target")
     assert kernel.source.startswith("timed operator by operator on fake, onnxruntime 1.0, threads 1: 2.01")
-    assert "(1x128x384 * 384x384); noise 9%, 20" in kernel.source
+    assert "(1x128x384 * 384x384); noise 10%, 20" in kernel.source
     before = {item.name: item for item in load_target("x86-64-avx512-vnni").kernels}
     assert {item.name: item for item in made.profile.kernels}["add-static-u8"] == before["add-static-u8"]
     assert (made.profile.name, made.profile.kind) == ("mine", "cpu-class")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from edgepress.compress.prune.prune import open_pruner
+from edgepress.driver.measuring.width_times import WidthTimes
 from edgepress.driver.reporter import SilentReporter
-from edgepress.driver.width_times import WidthTimes
 from edgepress.runtimes.ort_runtime import OrtSession
 from edgepress.runtimes.timing import BenchmarkResult, Timing
 from edgepress.runtimes.timing_jobs import JobOutcome

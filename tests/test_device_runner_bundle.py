@@ -280,11 +280,29 @@ def test_wrong_usage_is_said_and_touches_nothing(bundle, tmp_path, capsys):
     for arguments, said in (
         (["benchmark", "--baseline", "nowhere.onnx", *QUICK], "no model"),
         (["scenario", "--scenario", "Server"], "--qps"),
+        (["scenario", "--scenario", "Server", "--qps", "-1", "--bound-ms", "5"], "--qps"),
     ):
         code, result = run_main(bundle, *arguments)
         assert code == 2
         assert said in result["error"]["what"]
     assert check_sums(bundle) == []
+
+
+@pytest.mark.parametrize(
+    "words", ["--cold-starts -1", "--threads 4,2", "--runs 0", "--queries -1", "--counted 0", "--pairs x"]
+)
+def test_numbers_that_make_no_sense_are_refused(bundle, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        runner.main(["--bundle", str(bundle), *words.split()])
+    assert caught.value.code == 2
+    assert words.split()[0] in capsys.readouterr().err
+
+
+def test_a_child_that_dies_in_the_middle_of_a_report():
+    said = 'edgepress-runner {"stage": "whole"}\nedgepress-runner {"stage": "cu'
+    end = runner.run_child({}, argv=[sys.executable, "-c", f"print({said!r}, end='')"])
+    assert [item["stage"] for item in end.stages] == ["whole"]
+    assert len(end.at_ms) == 1
 
 
 def test_outputs_out_of_tolerance_end_with_3(bundle):

@@ -3,6 +3,7 @@
 import itertools
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -298,8 +299,29 @@ def test_energy_is_of_the_busy_phase_and_net_of_idle():
     assert found["readings"] == 2
     assert found["watts"] == pytest.approx(20.0)
     assert found["idle_watts"] == pytest.approx(10.0)
-    assert found["joules_per_inference"] == pytest.approx(20.0 * found["seconds"] / count)
+    assert found["joules_per_inference"] == pytest.approx(20.0 * found["seconds"] / count, rel=1e-4)
     assert found["joules_per_inference_above_idle"] == pytest.approx(found["joules_per_inference"] / 2)
+
+
+def test_energy_is_right_though_a_meter_answers_for_a_part_of_the_time():
+    clock, busy = Clock(), []
+
+    def step():
+        busy.append(1)
+        clock.now += 1.0
+        time.sleep(0.01)  # the readings are of another thread
+
+    meter = runner.PowerMeter("m", "all", lambda: 10.0 if len(busy) < 10 else None)
+    (found,) = runner.measure_energy(step, [meter], seconds=20.0, idle_s=0.0, interval_s=1e-3, clock=clock)
+    assert found["inferences"] >= 20
+    assert found["seconds"] < 12
+    assert found["joules_per_inference"] == pytest.approx(10.0, rel=1e-2)
+
+
+def test_energy_is_of_one_inference_at_least():
+    meter = runner.PowerMeter("m", "all", lambda: 10.0)
+    (found,) = runner.measure_energy(lambda: None, [meter], seconds=1e-12, idle_s=0.0, interval_s=60.0)
+    assert found["inferences"] == 1
 
 
 def test_a_meter_that_falls_silent_gives_no_number():

@@ -444,6 +444,13 @@ def test_a_server_queues_what_it_cannot_answer_yet(gaps, costs):
     assert found == pytest.approx([value * 1e6 for value in expected], abs=400_000)
 
 
+def test_offline_ends_in_time_and_is_not_valid_then():
+    plan = runner.ScenarioPlan(seconds=0.0, queries=10**9, samples_per_query=2, most_s=0.01)
+    found = runner.run_scenario("Offline", lambda _: lambda: None, plan)
+    assert found["seconds"] < 5
+    assert (found["valid"], found["samples"] >= 2) == (False, True)
+
+
 def test_offline_and_the_choice_of_batches():
     asked = []
 
@@ -466,7 +473,7 @@ def test_offline_and_the_choice_of_batches():
     assert asked == [8, 8, 1, 1]
 
 
-@given(st.lists(st.floats(0.5, 2.0), min_size=3, max_size=12))
+@given(st.lists(st.floats(0.5, 2.0), min_size=6, max_size=12))
 def test_an_interval_of_pairs_is_least_squares_with_the_order_as_a_second_unknown(ratios):
     logs, count = np.log(ratios), len(ratios)
     design = np.stack([np.ones(count), (-1.0) ** np.arange(count)], axis=1)
@@ -487,7 +494,11 @@ def test_the_order_of_opening_widens_no_interval_and_moves_no_ratio():
     _, low, high = runner.ratio_interval(ordered)
     _, low_balanced, high_balanced = runner.balanced_interval(ordered)
     assert high_balanced - low_balanced < (high - low) / 3
-    assert runner.balanced_interval([1.1, 0.9]) == runner.ratio_interval([1.1, 0.9])
+    few, plain = runner.balanced_interval(ordered[:4]), runner.ratio_interval(ordered[:4])
+    assert few[0] == plain[0]
+    assert few[1] == pytest.approx(plain[1], rel=1e-3)
+    assert few[1] < plain[1] < plain[2] < few[2]
+    assert runner.balanced_interval([1.1])[1:] == (None, None)
 
 
 def test_balanced_intervals_hold_the_truth_as_often_as_they_say():

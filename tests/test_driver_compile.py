@@ -154,7 +154,7 @@ def fake_timing(*ratios):
 
 
 def test_float_form_that_is_slower_leaves_the_graph_that_went_in(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", fake_timing(0.5, 0.9, 1.0))
+    monkeypatch.setattr("edgepress.driver.measuring.stages.time_against_baseline", fake_timing(0.5, 0.9, 1.0))
     source, data = cnn(tmp_path / "m.onnx", batch_norm=True), images(tmp_path / "d.npz")
     heard = Heard()
     asked = recipe("host", skip=(), max_drift=(DriftLimit(metric="l2", limit=0.5),))
@@ -189,7 +189,7 @@ def test_golden_samples_of_data_need_data(tmp_path):
 
 
 def test_slower_int8_is_rolled_back_on_the_host(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", fake_timing(0.5, 1.0))
+    monkeypatch.setattr("edgepress.driver.measuring.stages.time_against_baseline", fake_timing(0.5, 1.0))
     source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz")
     heard = Heard()
     result = compiled(
@@ -206,7 +206,7 @@ def test_slower_int8_is_rolled_back_on_the_host(tmp_path, monkeypatch):
 
 
 def test_slower_int8_stays_when_asked_for_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", fake_timing(0.5))
+    monkeypatch.setattr("edgepress.driver.measuring.stages.time_against_baseline", fake_timing(0.5))
     heard = Heard()
     result = compiled(
         mlp(tmp_path / "m.onnx"),
@@ -221,7 +221,7 @@ def test_slower_int8_stays_when_asked_for_by_name(tmp_path, monkeypatch):
 
 
 def test_timings_elsewhere_roll_nothing_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", fake_timing(0.5))
+    monkeypatch.setattr("edgepress.driver.measuring.stages.time_against_baseline", fake_timing(0.5))
     result = compiled(
         mlp(tmp_path / "m.onnx"), tmp_path, calib=vectors(tmp_path / "d.npz"), recipe=recipe(skip=())
     )

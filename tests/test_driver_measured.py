@@ -5,8 +5,8 @@ import msgspec
 import numpy as np
 import pytest
 from edgepress.compress.propose import Request, alternatives
-from edgepress.driver.measured import in_float, measure_forms
-from edgepress.driver.measured_models import float_model, lowered_forms, plausible_ranges, trial_of
+from edgepress.driver.measuring.forms import in_float, measure_forms
+from edgepress.driver.measuring.operator_models import float_model, lowered_forms, plausible_ranges, trial_of
 from edgepress.driver.reporter import SilentReporter
 from edgepress.graph.errors import ModelError
 from edgepress.runtimes.device import DeviceFeatures, LocalDevice

@@ -9,11 +9,11 @@ import pytest
 from driver_case import cnn, images, mlp, vectors
 from edgepress.compress.choice import Verdict
 from edgepress.compress.recipe import DriftLimit, Recipe, parse_recipe, read_recipe, to_toml
-from edgepress.driver import measured_stage
 from edgepress.driver.compile import compile_model
-from edgepress.driver.local_benchmark import BASELINE, COMPILED, WITHOUT_OPTIONS
-from edgepress.driver.measured import Measured
-from edgepress.driver.measured_whole import (
+from edgepress.driver.measuring import stages
+from edgepress.driver.measuring.forms import Measured
+from edgepress.driver.measuring.local_benchmark import BASELINE, COMPILED, WITHOUT_OPTIONS
+from edgepress.driver.measuring.whole_model import (
     IN_FLOAT,
     UNBLOCKED,
     beaten_by,
@@ -206,9 +206,9 @@ def settled(monkeypatch, verdicts, **more):
     """Let operators be measured with this outcome, and plans not be timed against each other."""
     found = {name: Verdict(form=form, reason="timed here") for name, form in verdicts.items()}
     measured = Measured(verdicts=found, operators=len(found), timed=len(found), **more)
-    whole = "edgepress.driver.measured_whole"
+    whole = "edgepress.driver.measuring.whole_model"
     monkeypatch.setattr(f"{whole}.measure_forms", lambda *_a, **_k: measured)
-    monkeypatch.setattr(measured_stage, "fastest_plan", lambda *_a, **_k: 0)
+    monkeypatch.setattr(stages, "fastest_plan", lambda *_a, **_k: 0)
 
 
 def timed_as(monkeypatch, *results):
@@ -219,7 +219,7 @@ def timed_as(monkeypatch, *results):
         asked.append(([name for name, *_ in forms], options["rounds"]))
         return left.pop(0) if len(left) > 1 else left[0]
 
-    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", time)
+    monkeypatch.setattr("edgepress.driver.measuring.stages.time_against_baseline", time)
     return asked
 
 
@@ -240,7 +240,7 @@ def test_forms_chosen_by_time_are_planned_pinned_and_replayed_without_timing(tmp
     def refuse(*_arguments, **_options):
         raise AssertionError("a replay measures nothing")
 
-    monkeypatch.setattr("edgepress.driver.measured_whole.measure_forms", refuse)
+    monkeypatch.setattr("edgepress.driver.measuring.whole_model.measure_forms", refuse)
     again = compiled(
         source, tmp_path, out="again", calib=data, recipe=read_recipe(first.bundle / "recipe.toml")
     )
@@ -265,7 +265,7 @@ def test_nothing_is_measured_where_it_was_not_wanted(tmp_path, monkeypatch, fiel
     def refuse(*_arguments, **_options):
         raise AssertionError("nothing was to be measured")
 
-    monkeypatch.setattr("edgepress.driver.measured_whole.measure_forms", refuse)
+    monkeypatch.setattr("edgepress.driver.measuring.whole_model.measure_forms", refuse)
     asked = timed_as(monkeypatch, timing(compiled=1.5))
     compiled(mlp(tmp_path / "m.onnx"), tmp_path, calib=vectors(tmp_path / "d.npz"), fields=fields)
     assert [names for names, _ in asked] == ([] if "skip" in fields else [[COMPILED]])
@@ -323,7 +323,7 @@ def test_a_tie_is_worth_a_quarter_of_the_file_but_not_a_tenth(tmp_path, monkeypa
 def test_options_that_win_are_shipped_pinned_and_replayed(tmp_path, monkeypatch):
     settled(monkeypatch, {"first": "float"})
     options = [(UNBLOCKED, {"optimization.disable_specified_optimizers": "NchwcTransformer"})]
-    monkeypatch.setattr(measured_stage, "other_options", lambda _candidate: options)
+    monkeypatch.setattr(stages, "other_options", lambda _candidate: options)
     timed_as(monkeypatch, timing(compiled=1.2, floats=1.0, unblocked=1.5))
     source, data = cnn(tmp_path / "c.onnx"), images(tmp_path / "d.npz")
     result = compiled(source, tmp_path, calib=data)
@@ -331,7 +331,7 @@ def test_options_that_win_are_shipped_pinned_and_replayed(tmp_path, monkeypatch)
     manifest = json.loads((result.bundle / "manifest.json").read_bytes())
     assert manifest["session_options"]["config"] == options[0][1]
     assert result.benchmark.comparisons[0].ratio == 1.5
-    monkeypatch.setattr(measured_stage, "other_options", lambda _candidate: pytest.fail("nothing is tried"))
+    monkeypatch.setattr(stages, "other_options", lambda _candidate: pytest.fail("nothing is tried"))
     again = compiled(source, tmp_path, out="again", calib=data, recipe=result.recipe)
     same = ("model.onnx", "manifest.json", "recipe.toml")
     assert all((again.bundle / name).read_bytes() == (result.bundle / name).read_bytes() for name in same)

@@ -112,7 +112,7 @@ class Milliseconds:
 
 
 def test_a_speed_is_reached_by_cutting_until_it_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", timings([1.1, 1.3, 1.7]))
+    monkeypatch.setattr("edgepress.driver.measuring.stages.time_against_baseline", timings([1.1, 1.3, 1.7]))
     monkeypatch.setattr("edgepress.driver.prune_stage.WidthTimes", Milliseconds)
     monkeypatch.setattr("edgepress.driver.prune_stage.PruneStages.baseline_ms", lambda _self: 1.0)
     source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz", samples=60)
@@ -124,7 +124,7 @@ def test_a_speed_is_reached_by_cutting_until_it_is_measured(tmp_path, monkeypatc
 
 
 def test_a_speed_that_no_cut_reaches_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", timings([1.4]))
+    monkeypatch.setattr("edgepress.driver.measuring.stages.time_against_baseline", timings([1.4]))
     monkeypatch.setattr("edgepress.driver.prune_stage.WidthTimes", Milliseconds)
     monkeypatch.setattr("edgepress.driver.prune_stage.PruneStages.baseline_ms", lambda _self: 1.0)
     source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz", samples=60)
@@ -244,7 +244,7 @@ def test_a_dry_run_cuts_nothing_and_says_so(tmp_path):
 
 
 def test_a_replay_does_not_fail_by_the_clock(tmp_path, monkeypatch):
-    monkeypatch.setattr("edgepress.driver.measured_stage.time_against_baseline", timings([1.1, 1.7, 1.2]))
+    monkeypatch.setattr("edgepress.driver.measuring.stages.time_against_baseline", timings([1.1, 1.7, 1.2]))
     monkeypatch.setattr("edgepress.driver.prune_stage.WidthTimes", Milliseconds)
     source, data = mlp(tmp_path / "m.onnx"), vectors(tmp_path / "d.npz", samples=60)
     asked = recipe("host", min_speedup=1.5, skip=("golden",), precision="fp32")

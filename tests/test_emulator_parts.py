@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgepress.graph.errors import NotSupported, OutputError, RecipeError, RuntimeUnavailable
-from edgepress.runtimes.emulator import debian, folders, install, instance
+from edgepress.runtimes.emulator import debian, device, folders, install, instance, users
 from edgepress.runtimes.emulator.boards import BOARDS, board_named, write_identity
 from edgepress.runtimes.emulator.counts import instructions_of, read_counts
 from edgepress.runtimes.emulator.device import EmulatedDevice
@@ -80,7 +80,7 @@ def test_counts_are_summed_by_what_they_mean(tmp_path):
     assert "usdot" not in found["by_kind"]
 
 
-@pytest.mark.parametrize("text", ["{", "[1]\n", '{"total": 1}\n', "\xff"])
+@pytest.mark.parametrize("text", ["{", "[1]\n", '{"total": 1}\n', '{"tag": 0, "total": 1}\n', "\xff"])
 def test_counts_that_are_none(tmp_path, text):
     path = tmp_path / "counts"
     path.write_bytes(text.encode("latin-1"))
@@ -269,3 +269,81 @@ def test_an_entrance_without_permission_says_so(tmp_path):
     assert process.wait(10) in (instance.NO_NAMESPACE, 1)
     assert time.monotonic() - started < 10
     os.close(ready[0])
+
+
+def test_nothing_is_removed_under_a_board_that_is_on(monkeypatch, tmp_path):
+    made, place, boards = stages(monkeypatch), Emulator(tmp_path / "emulator"), [BOARDS["raspberry-pi-4"]]
+    place.install(boards, silent)
+    held = folders.new_folder(place.instances / "raspberry-pi-4")
+    with pytest.raises(OutputError, match="switched on"):
+        place.remove()
+    monkeypatch.setattr(install, "_FORMAT", "another")
+    with pytest.raises(OutputError, match="switched on"):
+        place.install(boards, silent)
+    assert made == ["guest", "emulator", "programs"]
+    os.close(held)
+    place.install(boards, silent)
+    assert len(made) == 6
+    place.remove()
+    assert not place.home.exists()
+
+
+@pytest.mark.parametrize("name", ["boards.py", "check.py", "insnmix.c", "pin.c"])
+def test_another_version_of_a_part_is_made_anew(monkeypatch, tmp_path, name):
+    place, boards, own = Emulator(tmp_path / "emulator"), [BOARDS["raspberry-pi-4"]], install._own
+    stages(monkeypatch)
+    place.install(boards, silent)
+    changed = tmp_path / name
+    changed.write_text(own(name).read_text() + "\n")
+    monkeypatch.setattr(install, "_own", lambda asked: changed if asked == name else own(asked))
+    assert not place.is_ready(boards[0])
+
+
+def test_switching_off_spares_other_programs_and_boards_that_others_have(monkeypatch, tmp_path):
+    monkeypatch.setattr(folders, "_OFF_S", 0.2)
+    folder = tmp_path / "raspberry-pi-4"
+    held = folders.new_folder(folder)
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (folder / "pid").write_text(str(bystander.pid))
+        with pytest.raises(OutputError, match="does not go off"):
+            folders.switch_off(folder)
+        assert folder.is_dir()
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.communicate()
+        os.close(held)
+
+
+def test_a_board_that_cannot_be_tried_leaves_no_folder(monkeypatch, tmp_path):
+    board = BoardInstance(Emulator(tmp_path), BOARDS["raspberry-pi-4"], None)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(board, "_obstacle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        board.open()
+    assert not board.folder.exists()
+    assert board._lock is None
+
+
+def test_a_tool_for_users_that_is_missing(monkeypatch):
+    run = users.subprocess.run
+
+    def without(words, **options):
+        if words[0].startswith("new"):
+            raise FileNotFoundError(words[0])
+        return run(words, **options)
+
+    monkeypatch.setattr(users.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(users, "_first_of", lambda *_: 100000)
+    monkeypatch.setattr(users.subprocess, "run", without)
+    assert users.map_users(os.getpid()) is False
+
+
+def test_a_region_that_was_never_counted():
+    result = {"benchmark": {"counted_inferences": 1, "counted": ["bundle", "baseline"]}}
+    with pytest.raises(RuntimeUnavailable, match="counted no instructions"):
+        device._fill(result, {0: {}})

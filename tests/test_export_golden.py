@@ -10,6 +10,7 @@ import pytest
 from edgepress.export.golden import arithmetic, difference, failures, measure_golden
 from edgepress.export.manifest import OutputTolerance, session_settings
 from edgepress.export.npz import npz_bytes, read_npz
+from edgepress.export.nudged import nudged
 from edgepress.export.samples import candidate_inputs, index_bounds, probe_inputs
 from edgepress.graph.errors import DataError, ModelError
 from edgepress.graph.model import TensorSpec
@@ -324,3 +325,20 @@ def test_golden_files_are_untrusted(tmp_path):
     path.write_bytes(npz_bytes({"x": np.zeros(1, np.int64)}))
     with pytest.raises(DataError, match="another type"):
         read_npz(path, [spec])
+
+
+def test_what_is_moved_stays_finite_and_infinite_stays_so(tmp_path):
+    largest = np.finfo(np.float32).max
+    mask = np.array([0, -largest, -np.inf, np.inf, largest, np.nan] * 40, np.float32)
+    weights = [numpy_helper.from_array(mask, "mask"), numpy_helper.from_array(mask[:1] + 1, "one")]
+    nodes = [helper.make_node("Add", ["x", "mask"], ["m"]), helper.make_node("Add", ["m", "one"], ["y"])]
+    graph = helper.make_graph(
+        nodes, "g", [info("x", TensorProto.FLOAT, [240])], [info("y", TensorProto.FLOAT, [240])], weights
+    )
+    model = case.onnx_model(tmp_path, graph)
+    moved = [nudged(model, seed).graph.initializers["mask"].const_value.numpy() for seed in range(3)]
+    for array in moved:
+        assert np.array_equal(np.isfinite(array), np.isfinite(mask))
+        assert np.array_equal(array[~np.isfinite(mask)], mask[~np.isfinite(mask)], equal_nan=True)
+        assert not np.array_equal(array, mask, equal_nan=True)
+        assert np.array_equal(array[mask == 0], mask[mask == 0])

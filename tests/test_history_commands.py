@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 
 import export_case
 import pytest
-from edgepress.driver import device_commands
-from edgepress.driver.after_run import finish, request_of
 from edgepress.driver.cli import main
-from edgepress.driver.history import History, history_file
-from edgepress.driver.history_command import since
-from edgepress.driver.history_documents import bundle_facts
+from edgepress.driver.devices import commands as device_commands
+from edgepress.driver.history.after_run import finish, request_of
+from edgepress.driver.history.command import since
+from edgepress.driver.history.documents import bundle_facts
+from edgepress.driver.history.store import History, history_file
 from edgepress.driver.options import parse_arguments
 from edgepress.driver.output import Answer
 from edgepress.driver.reporter import SilentReporter

@@ -7,9 +7,9 @@ import shutil
 import export_case
 import msgspec
 import pytest
-from edgepress.driver.history_documents import Source, bundle_facts, read_document
-from edgepress.driver.history_record import device_run, runs_at, runs_of_bundle, verify_run
-from edgepress.driver.history_rows import run_id
+from edgepress.driver.history.documents import Source, bundle_facts, read_document
+from edgepress.driver.history.record import device_run, runs_at, runs_of_bundle, verify_run
+from edgepress.driver.history.rows import run_id
 from edgepress.export.runs import append_run
 from edgepress.graph.errors import DataError
 from history_case import LATENCY, device_document

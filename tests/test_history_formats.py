@@ -10,10 +10,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from edgepress.driver.history_plot import html_page, series_of, sparkline, svg_figure
-from edgepress.driver.history_rows import METRICS_BY_NAME, Measurement
-from edgepress.driver.output import Answer, Case, Table
-from edgepress.driver.result_formats import (
+from edgepress.driver.history.formats import (
     check_format,
     csv_text,
     deliver,
@@ -22,6 +19,9 @@ from edgepress.driver.result_formats import (
     markdown_text,
     write_whole,
 )
+from edgepress.driver.history.plot import html_page, series_of, sparkline, svg_figure
+from edgepress.driver.history.rows import METRICS_BY_NAME, Measurement
+from edgepress.driver.output import Answer, Case, Table
 from edgepress.graph.errors import OutputError, RecipeError
 from hypothesis import given
 from hypothesis import strategies as st

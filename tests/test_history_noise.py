@@ -7,9 +7,9 @@ import statistics
 import msgspec
 import numpy as np
 import pytest
-from edgepress.driver.compare import Pair, Spread, change, latest_before, match, spreads_of
-from edgepress.driver.gate import judge, parse_gate
-from edgepress.driver.history_rows import METRICS_BY_NAME, Measurement
+from edgepress.driver.history.compare import Pair, Spread, change, latest_before, match, spreads_of
+from edgepress.driver.history.gate import judge, parse_gate
+from edgepress.driver.history.rows import METRICS_BY_NAME, Measurement
 from edgepress.graph.errors import RecipeError
 from edgepress.runtimes import device_runner
 from hypothesis import given

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from edgepress.driver.history import FILE_NAME, MIGRATIONS, History, history_file
-from edgepress.driver.history_rows import Measurement, RecordedRun, run_id
+from edgepress.driver.history.rows import Measurement, RecordedRun, run_id
+from edgepress.driver.history.store import FILE_NAME, MIGRATIONS, History, history_file
 from edgepress.graph.errors import OutputError
 from history_case import made
 from hypothesis import given
@@ -101,7 +101,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from history_case import made
-from edgepress.driver.history import History
+from edgepress.driver.history.store import History
 for number in range({start}, {start} + {count}):
     with History(Path({path!r})) as history:
         history.add([made(number)])
@@ -216,7 +216,7 @@ def test_a_place_that_is_none_is_said(tmp_path):
 def test_a_held_file_is_waited_for_and_then_said(path, monkeypatch):
     with History(path):
         pass
-    monkeypatch.setattr("edgepress.driver.history._BUSY_S", 0.1)
+    monkeypatch.setattr("edgepress.driver.history.store._BUSY_S", 0.1)
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with History(path) as history:

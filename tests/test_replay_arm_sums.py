@@ -8,8 +8,8 @@ import pytest
 import replay_case
 from edgepress.compress.emulate import arm, integer
 from edgepress.compress.emulate.integer import Affine, Quantized
-from edgepress.driver import kernel_replay
 from edgepress.driver.cli import main
+from edgepress.driver.devices import kernel_replay
 from edgepress.export.arm_sums import with_arm_sums
 from edgepress.export.replay_rounding import rounding_of
 from edgepress.export.replay_units import cut_units

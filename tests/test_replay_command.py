@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import replay_case
 import ssh_case
-from edgepress.driver import kernel_replay
 from edgepress.driver.cli import main
+from edgepress.driver.devices import kernel_replay
 from edgepress.graph.errors import RuntimeUnavailable
 
 PI = ["--device", "ssh://pi"]

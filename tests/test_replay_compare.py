@@ -1,14 +1,18 @@
 """Comparing two machines' results: bits, steps and ulps, who is right, and how a bias was rounded."""
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import replay_case
 from edgepress.compress.emulate.saturation import matmul_vpmaddubsw
-from edgepress.export.replay_compare import compare, judge, ulps_between
+from edgepress.export import replay_results
+from edgepress.export.replay_compare import Judgement, compare, judge, ulps_between
+from edgepress.export.replay_results import UnitResult
 from edgepress.export.replay_rounding import bias_rounding
 from edgepress.export.replay_units import cut_units
+from edgepress.runtimes.replay import Played
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -86,6 +90,83 @@ def test_the_definition_says_who_is_wrong(wrong):
         device = exact + 1
     found = judge(product_model(), [left, right], [host], [device])
     assert found.wrong == wrong
+
+
+def float_product_model():
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["a", "b"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2]) for name in "ab"],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])],
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    ).SerializeToString()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 9.0])
+def test_a_device_whose_floats_are_none_is_wrong(bad):
+    one = np.eye(2, dtype=np.float32)
+    device = one.copy()
+    device[0, 1] = bad
+    assert judge(float_product_model(), [one, one], [one], [device]).wrong == "device"
+    assert judge(float_product_model(), [one, one], [one], []).wrong == "device"
+    assert judge(float_product_model(), [one, one], [one], [one[:1]]).wrong == "device"
+
+
+def test_what_is_rightly_infinite_is_right():
+    huge = np.eye(2, dtype=np.float32) * np.float32(3e38)
+    right = np.where(huge > 0, np.float32(np.inf), np.float32(0))
+    assert judge(float_product_model(), [huge, huge], [right], [right]).wrong == "neither"
+
+
+def test_this_machine_is_not_to_blame_alone_where_the_device_is_wrong_too():
+    left = np.full((2, 8), 255, np.uint8)
+    right = np.full((8, 3), 127, np.int8)
+    exact = left.astype(np.int32) @ right.astype(np.int32)
+    found = judge(product_model(), [left, right], [exact + 100], [exact + 2])
+    assert (found.wrong, found.host, found.device) == ("both", 100, 2)
+    assert judge(product_model(), [left, right], [exact + 2], [exact + 100]).wrong == "device"
+
+
+def result(found, wrong=None, **fields):
+    judgement = None if wrong is None else Judgement(host=0.0, device=0.0, wrong=wrong)
+    base = {"unit": "u", "places": 1, "kernel": "k", "kernel_here": "k", "integer": True, "state": "differs"}
+    return UnitResult(**{**base, "difference": found, "judgement": judgement, **fields})
+
+
+def test_which_differences_are_the_devices_fault():
+    floats = np.linspace(-1, 1, 8, dtype=np.float32)
+    near, far, none = floats * np.float32(1 + 1e-6), floats + np.float32(0.1), np.full(8, np.nan, np.float32)
+    assert compare([floats], [far]).fraction == pytest.approx(0.1, rel=1e-4)
+    assert not result(compare([floats], [near])).failed
+    assert result(compare([floats], [near]), "device").failed
+    for wrong in (far, none):
+        assert result(compare([floats], [wrong])).failed
+        assert result(compare([floats], [wrong]), "both").failed
+        assert not result(compare([floats], [wrong]), "neither").failed
+        assert not result(compare([floats], [wrong]), integer=False).failed
+        assert not result(compare([floats], [wrong]), "host", state="this machine is wrong").failed
+    # Another type or shape, or fewer results: no integer is compared then, and none is right.
+    for other in ([floats[:4]], [floats.astype(np.float16)], []):
+        assert result(compare([floats], other)).failed
+    assert result(compare([np.zeros(2, np.uint8)], [np.ones(2, np.uint8)]), "neither").failed
+
+
+def test_of_several_samples_the_worst_for_the_device_counts(tmp_path, monkeypatch):
+    says = {0: "host", 1: "device", 2: "neither"}
+
+    def judged(_data, feeds, *_):
+        return Judgement(host=0.0, device=0.0, wrong=says[int(feeds[0][0])])
+
+    monkeypatch.setattr(replay_results, "judge", judged)
+    names = [(f"s{sample}.npy",) for sample in says]
+    for sample, (name,) in enumerate(names):
+        np.save(tmp_path / name, np.array([sample]))
+    recording = SimpleNamespace(feeds=[names], folder=tmp_path, models=[SimpleNamespace(data=b"")])
+    mine = Played(outputs=tuple((np.array([0]),) for _ in names))
+    other = Played(outputs=tuple((np.array([1]),) for _ in names))
+    assert replay_results._judged(recording, 0, mine, other).wrong == "device"
 
 
 def test_an_operator_without_a_definition_has_no_judgement():

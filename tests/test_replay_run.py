@@ -1,11 +1,15 @@
 """Running jobs in rounds: what comes back, models that fail, and models that kill the process."""
 
+import io
+import json
+import zipfile
+
 import numpy as np
 import pytest
 import replay_case
 from edgepress.export.replay_units import cut_units, unit_models
 from edgepress.graph.errors import RuntimeUnavailable
-from edgepress.runtimes import replay
+from edgepress.runtimes import remote_replay, replay
 from edgepress.runtimes.base import SessionOptions
 from edgepress.runtimes.replay import Job, Stage, on_device, on_this_machine, play
 
@@ -119,3 +123,43 @@ def test_a_program_that_fails_says_why(quantizer, tmp_path):
         play([quantizer], stage(tmp_path, on_device(Bare(), "ssh://pi")))
     assert caught.value.where == "ssh://pi"
     assert "No module named" in caught.value.why
+
+
+def packed(report, arrays, kind=zipfile.ZIP_STORED):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", kind) as archive:
+        text = np.frombuffer(json.dumps(report).encode(), np.uint8)
+        for name, array in {remote_replay.REPORT: text, **arrays}.items():
+            remote_replay.write(archive, name, array)
+    return out.getvalue()
+
+
+def told(index=0, samples=2, outputs=1):
+    return {"index": index, "error": None, "kernels": {}, "outputs": outputs, "samples": samples}
+
+
+ARRAYS = {f"u0_s{sample}_o0": np.zeros(1 << 16, np.uint8) for sample in range(2)}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        packed([told()], ARRAYS, zipfile.ZIP_DEFLATED),  # far larger than what travelled
+        packed([told(samples=1)], ARRAYS),
+        packed([told(outputs=0)], ARRAYS),
+        packed([told(), told(index=1)], ARRAYS),
+        packed([told(index=-1)], ARRAYS),
+        packed([], ARRAYS),
+        packed([told(samples=10**9)], ARRAYS),
+        packed([None], ARRAYS),
+    ],
+    ids=["packed", "fewer", "none", "more", "negative", "empty", "endless", "no entry"],
+)
+def test_a_device_that_says_what_it_was_not_asked_is_not_believed(quantizer, tmp_path, data):
+    with pytest.raises(RuntimeUnavailable, match="no valid outputs"):
+        play([quantizer], stage(tmp_path, lambda _files, _bundle: data))
+
+
+def test_a_device_that_says_what_it_was_asked_is_believed(quantizer, tmp_path):
+    (found,) = play([quantizer], stage(tmp_path, lambda _files, _bundle: packed([told()], ARRAYS)))
+    assert [len(sample) for sample in found.outputs] == [1, 1]

@@ -10,11 +10,11 @@ from importlib.util import find_spec
 import export_case as case
 import pytest
 import ssh_case
-from edgepress.driver import scenario_options
 from edgepress.driver.cli import main
+from edgepress.driver.devices import scenario_options
+from edgepress.driver.devices.scenario_tables import further_tables
 from edgepress.driver.options import parse_arguments
 from edgepress.driver.output import render
-from edgepress.driver.scenario_tables import further_tables
 from edgepress.driver.timing_tables import format_interval
 from edgepress.export.runs import read_runs
 from edgepress.graph.errors import RecipeError

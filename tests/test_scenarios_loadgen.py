@@ -169,7 +169,12 @@ def test_loadgen_is_used_where_it_is_installed(bundle, tmp_path, monkeypatch, ca
 )
 def test_loadgen_that_fails_ends_its_own_process_only(bundle, tmp_path, monkeypatch, more, said):
     install(tmp_path, monkeypatch, more=more)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(runner.tempfile, "tempdir", str(scratch))
+    monkeypatch.setenv("TMPDIR", str(scratch))
     code, result = run_scenarios(bundle, tmp_path, "--scenario", "SingleStream")
+    assert not list(scratch.iterdir())
     assert code == 4
     assert said in result["error"]["what"] + result["error"]["why"]
     assert result["scenarios"] == []

@@ -8,7 +8,7 @@ import export_case
 import pytest
 import ssh_case
 from edgepress.driver.cli import main
-from edgepress.driver.fleet import exit_code_of, run_on_devices
+from edgepress.driver.devices.fleet import exit_code_of, run_on_devices
 from edgepress.export.runs import read_runs
 from edgepress.graph.errors import RuntimeUnavailable, VerifyFailed
 from edgepress.runtimes.device_file import DeviceEntry

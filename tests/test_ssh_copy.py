@@ -6,6 +6,7 @@ import random
 import pytest
 import ssh_case
 from edgepress.graph.errors import ModelError, OutputError, RuntimeUnavailable
+from edgepress.runtimes import ssh_copy
 from edgepress.runtimes.ssh_copy import copy_files
 
 BIG_BYTES = 24 << 20
@@ -160,3 +161,13 @@ def test_no_file_leaves_its_folder_on_the_device(board, name):
         copy_files(session, {name: path})
     assert not (board.root / "files" / "outside").exists()
     assert there(board) == {}
+
+
+def test_a_file_that_cannot_be_read_meanwhile_is_no_lost_connection(tmp_path):
+    told = ssh_copy._Told(None, 0, 4)
+    sent = ssh_copy._Sent(name="m", path=tmp_path / "gone", sha256="", size_bytes=4, offset=0)
+    with pytest.raises(ModelError, match="cannot be read"):
+        list(ssh_copy._chunks(sent, told))
+    folder = ssh_copy._Sent(name="m", path=tmp_path, sha256="", size_bytes=4, offset=0)
+    with pytest.raises(ModelError, match="cannot be read"):
+        list(ssh_copy._chunks(folder, told))
