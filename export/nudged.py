@@ -20,7 +20,8 @@ _SCALED = ("QuantizeLinear", "DequantizeLinear")
 def nudged(model: Model, seed: int) -> Model | None:
     """A copy of a model with its small float32 constants moved by -1, 0 or 1 unit in the last place.
 
-    Scales of quantization stay: they are the model's own, on every machine. So do zeros, and single numbers.
+    Scales of QuantizeLinear and DequantizeLinear stay: they are the model's own, on every machine. So do
+    zeros, single numbers, and what is infinite or would become so (masks of attention).
 
     Args:
         model: left as it is.
@@ -41,7 +42,10 @@ def nudged(model: Model, seed: int) -> Model | None:
             array = value.const_value.numpy()
             steps = generator.integers(-1, 2, array.shape).astype(np.float32)
             towards = np.where(steps > 0, np.inf, -np.inf).astype(np.float32)
-            there = np.where((steps == 0) | (array == 0), array, np.nextafter(array, towards))
+            with np.errstate(over="ignore"):
+                near = np.nextafter(array, towards)
+            stays = (steps == 0) | (array == 0) | ~np.isfinite(array) | ~np.isfinite(near)
+            there = np.where(stays, array, near)
             value.const_value = ir.Tensor(there.astype(np.float32), name=value.name)
             moved = True
     return copy if moved else None

@@ -10,13 +10,13 @@ import numpy as np
 
 from ..runtimes.base import Array
 from ..runtimes.replay import Played
-from .replay_compare import Difference, Judgement, compare, judge
+from .replay_compare import WRONG_FRACTION, Difference, Judgement, compare, judge
 from .replay_record import Recording
 from .replay_rounding import TOLD, Rounding, rounding_of
 from .replay_units import QUANTIZING_OPS, is_integer_kernel, is_integer_operator
 
 State = Literal["identical", "rounds otherwise", "differs", "this machine is wrong", "not run"]
-_MOST_JUDGED = 12
+_MOST_JUDGED, _JUDGED_SAMPLES = 12, 3
 _CARRIERS = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose"})
 
 
@@ -30,7 +30,7 @@ class UnitResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         state: "rounds otherwise" is a kernel that both machines compute bit for bit as its source says,
             which rounds otherwise on the one than on the other.
         difference: None where one of the two did not run.
-        judgement: who is right, where they differ and that could be computed.
+        judgement: who is right, where they differ and that could be computed (in the first samples that do).
         why: in words.
     """
 
@@ -46,11 +46,21 @@ class UnitResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def failed(self) -> bool:
-        """Whether the device is to blame: an integer differs that must not, or it did not run at all."""
+        """Whether the device is to blame: it did not run at all, or what its integer kernel gives is wrong.
+
+        Integers must be the same, and so must types and shapes. Floats of an integer kernel may be some
+        roundings apart; more than that is to blame on the device unless this machine is shown to be wrong.
+        """
         if self.state == "not run":
             return True
         found = self.difference
-        return self.state == "differs" and self.integer and found is not None and found.integers_differing > 0
+        if self.state != "differs" or not self.integer or found is None:
+            return False
+        if not found.shapes or found.integers_differing:
+            return True
+        if self.judgement is not None and self.judgement.wrong in ("device", "neither"):
+            return self.judgement.wrong == "device"
+        return found.ulps is None or found.fraction > WRONG_FRACTION
 
 
 def unit_results(
@@ -99,7 +109,8 @@ def _result(
     why = None
     if set(mine.kernels) != set(other.kernels):
         why = f"{device} runs {kernel} where this machine runs {kernel_here}"
-    judgement = _judged(recording, index, mine, other) if may_judge else None
+    may_judge = may_judge or difference.integers_differing > 0  # the verdict hangs on it
+    judgement = _judged(recording, index, mine, other) if may_judge and difference.shapes else None
     here_is_wrong = judgement is not None and judgement.wrong == "host"
     state: State = "this machine is wrong" if here_is_wrong else "differs"
     return msgspec.structs.replace(found, state=state, judgement=judgement, why=why)
@@ -136,15 +147,22 @@ def _rounding(recording: Recording, index: int, mine: Played, other: Played) -> 
 
 
 def _judged(recording: Recording, index: int, mine: Played, other: Played) -> Judgement | None:
+    """Who is right in the samples that differ; of several judgements the one that is worst for the device."""
+    found: list[Judgement] = []
     for sample, names in enumerate(recording.feeds[index]):
-        if not compare(mine.outputs[sample], other.outputs[sample]).identical:
-            return judge(
-                recording.models[index].data,
-                _load(recording, names),
-                mine.outputs[sample],
-                other.outputs[sample],
-            )
-    return None
+        here, there = mine.outputs[sample], other.outputs[sample]
+        if compare(here, there).identical:
+            continue
+        judgement = judge(recording.models[index].data, _load(recording, names), here, there)
+        if judgement is None:
+            return None
+        found.append(judgement)
+        if len(found) == _JUDGED_SAMPLES:
+            break
+    return max(found, key=lambda item: _GRAVITY[item.wrong], default=None)
+
+
+_GRAVITY = {"neither": 0, "host": 1, "both": 2, "device": 3}
 
 
 def _load(recording: Recording, names: Sequence[str]) -> list[Array]:

@@ -649,8 +649,10 @@ def run_child(
             with process.stdout:
                 for line in process.stdout:
                     if line.startswith(_CHILD_MARK.encode()):
-                        at_ms.append((time.perf_counter() - started) * 1e3)
-                        stages.append(json.loads(line[len(_CHILD_MARK) :].decode("utf-8")))
+                        now_ms = (time.perf_counter() - started) * 1e3
+                        with contextlib.suppress(ValueError):  # it died in the middle of a line
+                            stages.append(json.loads(line[len(_CHILD_MARK) :].decode("utf-8")))
+                            at_ms.append(now_ms)
             code: int | None = process.wait()
         finally:
             timer.cancel()
@@ -1223,6 +1225,7 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float, float | None, float 
 # The standard deviation, of logarithms, that comparisons of a file with itself have from process to process
 # beyond what the pairs of each explain: 0.37 % in all beside 0.33 %, in 80 (benchmarks/self_comparison.py).
 _PROCESS_SPREAD, _NORMAL_95 = 0.002, 1.960
+_LEAST_BALANCED = 6
 
 
 def balanced_interval(ratios: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -1231,18 +1234,23 @@ def balanced_interval(ratios: Sequence[float]) -> tuple[float, float | None, flo
     Which session is opened first makes a difference, up to some percent, for as long as both live. Over the
     pairs it cancels out, so it must not widen the interval: it is estimated along with the ratio, by least
     squares on log(ratio of pair k) = m + d (-1)^k + noise, and m has its interval by Student's t with two
-    degrees of freedom less than there are pairs. What all pairs of one process have in common, no pair can
-    show: `_PROCESS_SPREAD` stands for it.
+    degrees of freedom less than there are pairs. Below six pairs the two are worth more than what the order
+    explains, and the interval is that of `ratio_interval`. What all pairs of one process have in common, no
+    pair can show: `_PROCESS_SPREAD` stands for it.
 
     Args:
         ratios: in the order of the pairs.
 
     Returns:
-        exp(m) and its bounds; with two pairs the bounds of `ratio_interval`, with one none.
+        exp(m) and its bounds; no bounds with one pair.
     """
     count = len(ratios)
-    if count < 3:
-        return ratio_interval(ratios)
+    if count < _LEAST_BALANCED:
+        mean, low, high = ratio_interval(ratios)
+        if low is None or high is None:
+            return mean, None, None
+        half = math.hypot(math.log(high / mean), _NORMAL_95 * _PROCESS_SPREAD)
+        return mean, mean * math.exp(-half), mean * math.exp(half)
     logs = [math.log(ratio) for ratio in ratios]
     signs = [1.0 - 2.0 * (index % 2) for index in range(count)]
     excess = sum(signs)  # 1 where one order came once more often, else 0
@@ -1936,13 +1944,14 @@ def measure_energy(
         clock: monotonic seconds.
     """
     idle = _sampled(meters, lambda: _idle_until(clock() + idle_s, clock), interval_s, clock)
-    counted = [0]
+    counted, worked_s = [0], [0.0]
 
     def work() -> None:
-        end = clock() + seconds
-        while clock() < end:
+        started = clock()
+        while not counted[0] or worked_s[0] < seconds:
             step()
             counted[0] += 1
+            worked_s[0] = clock() - started
 
     busy = _sampled(meters, work, interval_s, clock)
     found = []
@@ -1956,12 +1965,13 @@ def measure_energy(
             continue
         idle_joules, idle_covered_s, _ = idle[meter.name]
         idle_watts = idle_joules / idle_covered_s if idle_covered_s > 0 else None
-        each = joules / counted[0]
-        net = None if idle_watts is None else max(0.0, each - idle_watts * covered_s / counted[0])
+        watts, each_s = joules / covered_s, worked_s[0] / counted[0]  # readings may fail for a part of it
         item.update(
-            joules_per_inference=each,
-            joules_per_inference_above_idle=net,
-            watts=joules / covered_s,
+            joules_per_inference=watts * each_s,
+            joules_per_inference_above_idle=None
+            if idle_watts is None
+            else max(0.0, (watts - idle_watts) * each_s),
+            watts=watts,
             idle_watts=idle_watts,
             inferences=counted[0],
             seconds=covered_s,
@@ -2116,7 +2126,7 @@ class ScenarioPlan:
         qps: the arrival rate of Server in queries a second.
         bound_ms: the latency bound of Server.
         seed: of Server's arrivals.
-        most_s: no further queries after so many seconds.
+        most_s: no further queries after so many seconds; a result with fewer than it needs is not valid.
     """
 
     seconds: float = 10.0
@@ -2236,14 +2246,15 @@ def offline_result(query: Callable[[], Any], samples: int, plan: ScenarioPlan) -
         query()
         done += samples
         elapsed_s = (time.perf_counter_ns() - started) / 1e9
-        if elapsed_s >= plan.seconds and done >= plan.queries:
+        enough = elapsed_s >= plan.seconds and done >= plan.queries
+        if enough or elapsed_s >= plan.most_s:
             return {
                 "scenario": "Offline",
                 "samples": done,
                 "samples_per_query": samples,
                 "seconds": elapsed_s,
                 "throughput_per_s": done / elapsed_s,
-                "valid": True,
+                "valid": enough,
                 "official": False,
             }
 
@@ -2439,24 +2450,11 @@ def parse_loadgen(summary: str, detail: str, samples: int) -> dict[str, Any]:
         rate = float(found(r"^Samples per second: ([\d.e+]+)") or "nan")
         seconds = (ms(r"^Max latency \(ns\)\s*: (\d+)") or 0.0) / 1e3
         return {**result, "samples": samples, "seconds": seconds, "throughput_per_s": rate}
-    fraction, runs = SCENARIO_FRACTIONS[scenario], samples // each
-    percentiles = {
-        name: ms(rf"^{100 * part:.2f} percentile latency \(ns\)\s*: (\d+)")
-        if runs * (1 - part) >= 1 - 1e-9
-        else None
-        for name, part in QUANTILES
-    }
+    fraction = SCENARIO_FRACTIONS[scenario]
     result.update(
         percentile=fraction,
         percentile_ms=ms(rf"^{100 * fraction:.2f} percentile latency \(ns\)\s*: (\d+)"),
-        latency={
-            "runs": runs,
-            **{
-                f"{key}_ms": ms(rf"^{key.title()} latency \(ns\)\s*: (\d+)") for key in ("mean", "min", "max")
-            },
-            **{f"{name}_ms": value for name, value in percentiles.items()},
-            "intervals_ms": {},
-        },
+        latency=_loadgen_latency(ms, samples // each),
     )
     met = found(r"Early stopping satisfied: (\w+)") == "Yes"
     if scenario == "Server":
@@ -2475,6 +2473,18 @@ def parse_loadgen(summary: str, detail: str, samples: int) -> dict[str, Any]:
     return {**result, "samples_per_query": each}
 
 
+def _loadgen_latency(ms: Callable[[str], float | None], runs: int) -> dict[str, Any]:
+    """The latencies of LoadGen's summary as `summarise` has them; `ms` finds a figure by a pattern."""
+    found: dict[str, Any] = {"runs": runs}
+    for key in ("mean", "min", "max"):
+        found[f"{key}_ms"] = ms(rf"^{key.title()} latency \(ns\)\s*: (\d+)")
+    for name, part in QUANTILES:
+        known = runs * (1 - part) >= 1 - 1e-9
+        pattern = rf"^{100 * part:.2f} percentile latency \(ns\)\s*: (\d+)"
+        found[f"{name}_ms"] = ms(pattern) if known else None
+    return {**found, "intervals_ms": {}}
+
+
 def loadgen_child(ort: Any, request: Mapping[str, Any]) -> int:
     """The child process that runs a scenario by LoadGen: whatever ends it ends nothing else."""
     lg = importlib.import_module(LOADGEN_MODULE)
@@ -2490,13 +2500,16 @@ def loadgen_child(ort: Any, request: Mapping[str, Any]) -> int:
         before = time.perf_counter_ns()
         query()
         taken.append(max(1, time.perf_counter_ns() - before))
-    with tempfile.TemporaryDirectory(prefix="edgepress-loadgen-") as folder:
-        logs = Path(folder)
-        samples = run_loadgen(lg, scenario, query, plan, logs, query_ns=round(statistics.median(taken)))
-        summary, detail = (
-            (logs / f"mlperf_log_{name}.txt").read_text(encoding="utf-8", errors="replace")
-            for name in ("summary", "detail")
-        )
+    # Beside the request, whose folder goes however this process ends; and as the working folder, from which
+    # LoadGen would read an audit.config that overrides its settings.
+    logs = Path(request["feeds"]).with_name("loadgen").resolve()
+    logs.mkdir()
+    os.chdir(str(logs))
+    samples = run_loadgen(lg, scenario, query, plan, logs, query_ns=round(statistics.median(taken)))
+    summary, detail = (
+        (logs / f"mlperf_log_{name}.txt").read_text(encoding="utf-8", errors="replace")
+        for name in ("summary", "detail")
+    )
     result = parse_loadgen(summary, detail, samples)
     if scenario == "Offline":
         result["samples_per_query"] = size
@@ -2748,7 +2761,7 @@ def _counted_region(job: Job, feeds: Feeds) -> dict[str, Any]:
     job.note(
         "an emulated board: outputs and instruction counts only, its times say nothing about the real one"
     )
-    count = max(1, job.options.counted)
+    count = job.options.counted
     job.options.threads = 1  # those of several would race for the counters, and be counted while they wait
     entries = [
         job.entry("bundle", job.bundle.model_file, job.settings(1), feeds),
@@ -2854,10 +2867,15 @@ def scenarios(job: Job) -> None:
     if job.result["emulated"]:
         raise WrongUsage("scenarios are about time, which an emulated board does not have")
     options = job.options
-    if "Server" in options.scenario and not (options.qps and options.bound_ms):
+    if "Server" in options.scenario and not min(options.qps or 0.0, options.bound_ms or 0.0) > 0:
         raise WrongUsage("Server needs --qps and --bound-ms", remedy="for example --qps 20 --bound-ms 100")
     feeds, _ = benchmark_feeds(job.bundle)
-    single = with_batch(feeds, job.bundle.manifest["model"]["inputs"], 1) or feeds
+    single = with_batch(feeds, job.bundle.manifest["model"]["inputs"], 1)
+    if single is None:
+        job.note(
+            f"the batch axis is fixed: a sample of the scenarios is a batch of {_batch_of(job.bundle, feeds)}"
+        )
+        single = feeds
     plan = ScenarioPlan(
         seconds=options.scenario_seconds,
         queries=options.queries,
@@ -2923,7 +2941,17 @@ def _cores(text: str) -> list[int]:
 
 
 def _positive(text: str) -> int:
-    return _whole_numbers(text)[0]
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("a whole number from 1 on")
+    return value
+
+
+def _from_nothing(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("a whole number from 0 on")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2977,7 +3005,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--cold-starts",
-        type=int,
+        type=_from_nothing,
         default=5,
         help="fresh processes for the cold start (default 5; 0 skips it)",
     )
@@ -2987,7 +3015,7 @@ def _parser() -> argparse.ArgumentParser:
         default=5.0,
         help="how long to run for the energy (default 5; 0 skips it)",
     )
-    add("--counted", type=int, default=1, help="marked inferences on an emulated board (default 1)")
+    add("--counted", type=_positive, default=1, help="marked inferences on an emulated board (default 1)")
     add("--scenario", action="append", default=[], choices=SCENARIOS, help="for `scenario`; may be repeated")
     add(
         "--scenario-seconds",
@@ -2995,7 +3023,7 @@ def _parser() -> argparse.ArgumentParser:
         default=10.0,
         help="least duration of a scenario (default 10; MLPerf: 600)",
     )
-    add("--queries", type=int, default=0, help="least number of a scenario's queries")
+    add("--queries", type=_from_nothing, default=0, help="least number of a scenario's queries")
     add("--samples-per-query", type=_positive, default=8, help="of MultiStream and Offline (default 8)")
     add("--qps", type=float, help="arrival rate of Server, queries a second")
     add("--bound-ms", type=float, help="latency bound of Server")

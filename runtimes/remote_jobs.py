@@ -52,7 +52,7 @@ def work(archive: str, first: int) -> int:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
-    failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, *kinds)
+    failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, MemoryError, *kinds)
     request, done = read_request(archive), Path(DONE)
     spent_s = sum(entry.get("elapsed_s", 0.0) for entry in entries(done))
     with np.load(archive, allow_pickle=False) as stored:

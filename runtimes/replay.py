@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 import subprocess
@@ -14,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from ..graph.errors import RuntimeUnavailable
 from . import remote_replay
 from .base import Array, SessionOptions
+from .ssh_forms import ARCHIVE_FAILURES, stored_arrays
 from .ssh_session import ProgramEnd
 
 _PROGRAM = "remote_replay.py"
@@ -197,7 +195,7 @@ def play(
                 found[dead] = Played(error=error.what)
                 left.remove(dead)
                 continue
-            found.update(_read(archive))
+            found.update(_read(archive, left, jobs))
             break
     return tuple(found.get(index, Played(error="it was not run")) for index in range(len(jobs)))
 
@@ -249,27 +247,35 @@ def _run_round(group: Sequence[int], jobs: Sequence[Job], stage: Stage) -> bytes
         return stage.runs({_PROGRAM: program, _REQUEST: request, remote_replay.PACKED: packed}, stage.bundle)
 
 
-def _read(data: bytes) -> dict[int, Played]:
+def _read(data: bytes, group: Sequence[int], jobs: Sequence[Job]) -> dict[int, Played]:
+    """What a round brought back; a device that says less, or more, than it was asked for is not believed."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        with stored_arrays(data) as stored:
             report = json.loads(stored[remote_replay.REPORT].tobytes())
-            return {item["index"]: _played(item, stored) for item in report}
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            found = {item["index"]: _played(item, stored, jobs[item["index"]]) for item in report}
+        if set(found) != set(group):
+            raise ValueError(f"models {sorted(found)} instead of {sorted(group)}")
+    except ARCHIVE_FAILURES as error:
         raise RuntimeUnavailable(
             "the program wrote no valid outputs",
             where=_PROGRAM,
             why=f"{type(error).__name__}: {error}",
             remedy="try again; report it if it stays so",
         ) from error
+    return found
 
 
-def _played(item: Mapping[str, Any], stored: Mapping[str, Array]) -> Played:
+def _played(item: Mapping[str, Any], stored: Mapping[str, Array], job: Job) -> Played:
     """One entry of the report with its arrays; a job that failed has none."""
+    if item["error"] is not None:
+        return Played(kernels=dict(item["kernels"]), error=str(item["error"]))
+    if item["samples"] != len(job.feeds) or not item["outputs"] > 0:
+        raise ValueError(f"{item['samples']} samples of {item['outputs']} outputs")
     outputs = tuple(
         tuple(stored[f"u{item['index']}_s{sample}_o{place}"] for place in range(item["outputs"]))
-        for sample in range(item["samples"] if item["error"] is None else 0)
+        for sample in range(item["samples"])
     )
-    return Played(outputs=outputs, kernels=dict(item["kernels"]), error=item["error"])
+    return Played(outputs=outputs, kernels=dict(item["kernels"]))
 
 
 def _no_result(where: str, status: int, lines: Sequence[str]) -> RuntimeUnavailable:

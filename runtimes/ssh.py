@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-import numpy as np
 
 from ..graph.errors import (
     CheckFailed,
@@ -30,7 +27,7 @@ from .ssh_call import Log, Reply
 from .ssh_connection import SshConnection, SshSettings
 from .ssh_copy import ByteProgress, copy_files
 from .ssh_environment import DevicePython, RuntimeWish, prepare_python, try_runtime
-from .ssh_forms import result_of, write_request
+from .ssh_forms import json_of, outputs_of, result_of, write_request
 from .ssh_session import ProgramEnd, SessionLimits, SshSession
 from .timing import BenchmarkResult, Schedule
 
@@ -281,8 +278,7 @@ class SshDevice:
     def run(self, model: Path, feeds: Mapping[str, Array], options: SessionOptions) -> dict[str, Array]:
         """See `Device.run`."""
         end = self._run_forms("run", [Form(name="model", model=model, options=options)], feeds, {})
-        with np.load(io.BytesIO(_required(end, self.where)), allow_pickle=False) as stored:
-            return {str(name): stored[f"output_{index}"] for index, name in enumerate(stored["names"])}
+        return outputs_of(_required(end, self.where), self.where)
 
     def time(
         self,
@@ -297,10 +293,10 @@ class SshDevice:
         if len(set(names)) != len(names) or not names:
             raise DataError("two forms have one name", why=", ".join(names), remedy="name them apart")
         plan = schedule.as_plan()
-        found = json.loads(_required(self._run_forms("time", forms, feeds, plan), self.where))
+        written = _required(self._run_forms("time", forms, feeds, plan), self.where)
         if progress is not None:
             progress(schedule.pairs, schedule.pairs)
-        return result_of({name: found[name] for name in names}, feeds)
+        return result_of(json_of(written, self.where), names, feeds, self.where)
 
     def _run_forms(
         self, what: str, forms: Sequence[Form], feeds: Mapping[str, Array], plan: Mapping[str, float]

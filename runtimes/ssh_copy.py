@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -120,10 +121,17 @@ class _Told:
 def _chunks(sent: _Sent, told: _Told) -> Iterator[bytes]:
     """Exactly the bytes that the device waits for; zeros for what a file lost meanwhile: its hash tells."""
     left = sent.size_bytes - sent.offset
-    with sent.path.open("rb") as file:
-        file.seek(sent.offset)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(sent.path.open("rb"))
+            file.seek(sent.offset)
+        except OSError as error:
+            raise _unreadable(sent.path, error) from error
         while left > 0:
-            chunk = file.read(min(left, _CHUNK_BYTES)) or bytes(min(left, _CHUNK_BYTES))
+            try:
+                chunk = file.read(min(left, _CHUNK_BYTES)) or bytes(min(left, _CHUNK_BYTES))
+            except OSError as error:  # not one of the connection, which whoever sends would take it for
+                raise _unreadable(sent.path, error) from error
             left -= len(chunk)
             yield chunk
             told.add(len(chunk))
@@ -149,10 +157,14 @@ def _digest(path: Path, size_bytes: int | None = None) -> str:
                 digest.update(chunk)
                 left = None if left is None else left - len(chunk)
     except OSError as error:
-        raise ModelError(
-            "a file that the device needs cannot be read",
-            where=str(path),
-            why=error.strerror,
-            remedy="check the path",
-        ) from error
+        raise _unreadable(path, error) from error
     return digest.hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> ModelError:
+    return ModelError(
+        "a file that the device needs cannot be read",
+        where=str(path),
+        why=error.strerror,
+        remedy="check the path",
+    )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -22,7 +21,7 @@ from ..targets.host import HostFacts
 from ..targets.profile import Evidence
 from .base import Array, SessionOptions
 from .device import DeviceFeatures, Form, Progress
-from .ssh_forms import result_of
+from .ssh_forms import json_of, no_times, result_of
 from .ssh_session import ProgramEnd
 from .timing import BenchmarkResult, Schedule
 from .timing_jobs import JobOutcome, TimingJob
@@ -229,12 +228,12 @@ class SshTimer:
                 why=next((line for line in reversed(end.told) if line), f"exit status {end.status}"),
                 remedy=f"`edgepress doctor --device {self.where}` shows the runtime there",
             )
-        outcomes, spent_s, estimate_s = group.outcomes(json.loads(end.result))
-        if spent_s > 0 and estimate_s > 0:
-            self._slower = min(max(spent_s / estimate_s, _LEAST_SLOWER), _MOST_SLOWER)
+        found = group.outcomes(json_of(end.result, self.where), self.where)
+        if found.timed_s > 0 and found.estimate_s > 0:
+            self._slower = min(max(found.timed_s / found.estimate_s, _LEAST_SLOWER), _MOST_SLOWER)
             self._known = True
-        yield from outcomes
-        return spent_s
+        yield from found.outcomes
+        return found.spent_s
 
 
 class _Group:
@@ -286,22 +285,55 @@ class _Group:
         arrays: dict[str, Any] = {"request": np.frombuffer(request, np.uint8), **self._arrays}
         np.savez(path, **arrays)
 
-    def outcomes(self, ended: Sequence[Mapping[str, Any]]) -> tuple[list[JobOutcome], float, float]:
-        """What became of each job that was begun; the seconds they took, and were thought to take."""
-        found, spent_s, estimate_s = list[JobOutcome](), 0.0, 0.0
-        for entry in ended:
-            place = entry["index"]
-            job, feeds = self._jobs[place]
-            names = [form["name"] for form in self.entries[place]["forms"]]
-            times = entry.get("found")
-            result = None if times is None else result_of({name: times[name] for name in names}, feeds)
-            found.append(
-                JobOutcome(index=self._places[place], result=result, reason=str(entry.get("reason", "")))
-            )
-            if result is not None:
-                spent_s += float(entry["elapsed_s"])
-                estimate_s += job.estimate_s
-        return found, spent_s, estimate_s
+    def outcomes(self, ended: Any, where: str) -> _Outcomes:
+        """What became of each job that was begun.
+
+        Args:
+            ended: what remote_jobs.py wrote on the device.
+            where: the device.
+
+        Raises:
+            RuntimeUnavailable: if the device wrote something else.
+        """
+        try:
+            entries = msgspec.convert(ended, list[_Ended])
+            places = [entry.index for entry in entries]
+            if len(set(places)) != len(places) or any(place >= len(self._jobs) for place in places):
+                raise ValueError(f"jobs {places} of {len(self._jobs)}")
+        except (msgspec.ValidationError, ValueError) as error:
+            raise no_times(where, error) from error
+        found = _Outcomes()
+        for entry in entries:
+            (job, feeds), index = self._jobs[entry.index], self._places[entry.index]
+            found.spent_s += entry.elapsed_s
+            if entry.found is None:
+                found.outcomes.append(JobOutcome(index=index, reason=entry.reason))
+                continue
+            names = [form["name"] for form in self.entries[entry.index]["forms"]]
+            result = result_of(entry.found, names, feeds, where)
+            found.outcomes.append(JobOutcome(index=index, result=result))
+            found.timed_s += entry.elapsed_s
+            found.estimate_s += job.estimate_s
+        return found
+
+
+@dataclasses.dataclass
+class _Outcomes:
+    """Outcomes of a group; the seconds that all of it took, that what was timed took, and was thought to."""
+
+    outcomes: list[JobOutcome] = dataclasses.field(default_factory=list)
+    spent_s: float = 0.0
+    timed_s: float = 0.0
+    estimate_s: float = 0.0
+
+
+class _Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of remote_jobs.py on a job that is over."""
+
+    index: Annotated[int, msgspec.Meta(ge=0)]
+    elapsed_s: Annotated[float, msgspec.Meta(ge=0, lt=1e9)] = 0.0
+    found: dict[str, Any] | None = None
+    reason: str = ""
 
 
 def _with_weights(file: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Many jobs timed on a device in one go: groups, budgets, what the runtime refuses, crashes and cuts."""
 
 import ast
+import io
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from edgepress.graph.save import to_bytes
 from edgepress.runtimes import remote_jobs
 from edgepress.runtimes.base import SessionOptions
 from edgepress.runtimes.device import Device, Form, LocalDevice
+from edgepress.runtimes.ssh_forms import outputs_of
 from edgepress.runtimes.ssh_jobs import SshTimer
 from edgepress.runtimes.ssh_session import ProgramEnd
 from edgepress.runtimes.timing import Schedule
@@ -182,6 +184,22 @@ def test_a_device_that_writes_no_times_is_not_believed(tmp_path, written):
     )
     with pytest.raises(RuntimeUnavailable, match="no valid times"):
         list(SshTimer(board).time_jobs([job()], budget_s=60))
+
+
+def archive_of(save, **arrays):
+    out = io.BytesIO()
+    save(out, **arrays)
+    return out.getvalue()
+
+
+def test_outputs_that_are_none_are_not_believed():
+    names, output = np.array(["y"]), np.zeros(1 << 16, np.float32)
+    assert list(outputs_of(archive_of(np.savez, names=names, output_0=output), "board")) == ["y"]
+    packed = archive_of(np.savez_compressed, names=names, output_0=output)
+    pickled = archive_of(np.savez, names=names, output_0=np.array([{}], object))
+    for written in (b"", b"no archive", packed, pickled, archive_of(np.savez, names=names)):
+        with pytest.raises(RuntimeUnavailable, match="no valid outputs"):
+            outputs_of(written, "board")
 
 
 def test_what_fails_takes_time_from_the_budget_too(tmp_path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from ...graph.errors import RuntimeUnavailable
 
 DOT = ("sdot", "udot", "usdot", "mmla")
 WIDENING = ("widening_8", "widening_16")
 FMA = ("fmla_32", "fmla_16", "bfloat")
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 def read_counts(path: Path) -> dict[int, dict[str, int]]:
@@ -24,9 +27,12 @@ def read_counts(path: Path) -> dict[int, dict[str, int]]:
     """
     try:
         lines = path.read_text(encoding="ascii").splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = [msgspec.json.decode(line, type=dict[str, _Count]) for line in lines]
+        for row in rows:
+            if not {"tag", "total", *DOT, *WIDENING, *FMA} <= row.keys():
+                raise ValueError(f"only {sorted(row)}")
         return {row.pop("tag"): row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, msgspec.DecodeError) as error:
         raise RuntimeUnavailable(
             "the emulator wrote no instruction counts",
             where=str(path),

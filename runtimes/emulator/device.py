@@ -177,6 +177,13 @@ def _fill(result: dict[str, Any], regions: Mapping[int, Mapping[str, int]]) -> N
     """Put the counts into the device runner's result: the bundle's, and those of what it is compared with."""
     found = result["benchmark"]
     inferences = found["counted_inferences"]
+    missing = [name for tag, name in enumerate(found["counted"]) if tag not in regions]
+    if missing:
+        raise RuntimeUnavailable(
+            "the emulator counted no instructions",
+            where=", ".join(missing),
+            remedy="`edgepress emulator check` says whether it counts",
+        )
     counted = {name: instructions_of(regions[tag], inferences) for tag, name in enumerate(found["counted"])}
     found["instructions"] = counted
     result["instructions"] = counted["bundle"]

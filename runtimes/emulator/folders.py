@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...graph.errors import OutputError
+
 _OFF_S = 10.0
 
 
@@ -51,13 +53,27 @@ def is_on(folder: Path) -> bool:
 
 
 def switch_off(folder: Path) -> bool:
-    """End a board that stays on, by its folder; whether it was on."""
+    """End a board that stays on, by its folder; whether it was on.
+
+    Raises:
+        OutputError: if it does not go off: something else than `stays` made it, or it is just being made.
+    """
     if not is_on(folder):
         return False
     with contextlib.suppress(OSError, ValueError):
-        os.kill(int((folder / "pid").read_text(encoding="ascii")), signal.SIGTERM)
+        number = int((folder / "pid").read_text(encoding="ascii"))
+        # Not whoever got the number after the board's server ended, or in another container.
+        if b"enter.py" in Path(f"/proc/{number}/cmdline").read_bytes():
+            os.kill(number, signal.SIGTERM)
     deadline = time.monotonic() + _OFF_S
-    while is_on(folder) and time.monotonic() < deadline:
+    while is_on(folder):
+        if time.monotonic() > deadline:
+            raise OutputError(
+                "the emulated board does not go off",
+                where=str(folder),
+                why="another program has it, here or in another container",
+                remedy="end that program; the board goes off with it",
+            )
         time.sleep(0.05)
     shutil.rmtree(folder, ignore_errors=True)
     return True

@@ -15,6 +15,7 @@ from pathlib import Path
 from ...graph.errors import OutputError, RuntimeUnavailable
 from .boards import BOARDS, EmulatedBoard
 from .debian import DebianPackages, run_tool, unpack, unpack_only
+from .folders import is_on
 from .wheels import PYTHON, fetch_site
 
 Step = Callable[[str], contextlib.AbstractContextManager[object]]
@@ -104,12 +105,14 @@ class Emulator:
 
         Raises:
             RuntimeUnavailable: if a tool, the network or a package is missing.
-            OutputError: if the folder cannot be written.
+            OutputError: if the folder cannot be written, or a board is on while its parts must be made anew.
         """
         _need_host()
         with self._locked():
             for name, key, make in self._stages(boards):
                 if not self._is_fresh(name, key):
+                    if name in ("guest", "programs") and self._stamp(name).exists():  # all boards run on it
+                        self._require_off()
                     with step(f"emulator: {_TITLES[name]}"):
                         make()
                     self._stamp(name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +149,7 @@ class Emulator:
         )
 
     def remove(self) -> None:
-        """Remove everything; what is switched on must be switched off before.
+        """Remove everything, while no board is on.
 
         Raises:
             OutputError: if a board is switched on, or a file cannot be removed.
@@ -154,7 +157,17 @@ class Emulator:
         if not self.home.is_dir():
             return
         with self._locked():
+            self._require_off()
             _remove_folder(self.home)
+
+    def _require_off(self) -> None:
+        on = [folder.name for folder in self.instances.glob("*/") if is_on(folder)]
+        if on:
+            raise OutputError(
+                "an emulated board is switched on",
+                where=", ".join(sorted(on)),
+                remedy="switch it off (`edgepress emulator down BOARD`), or wait for what uses it",
+            )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -176,7 +189,8 @@ class Emulator:
         """What is made, in order: name, what it depends on as a key, and how."""
         guest = _key(_FORMAT, _SUITE, *_PACKAGES)
         compiler = shutil.which("gcc") or shutil.which("cc")
-        programs = _key(guest, compiler, *(_own(name).read_text() for name in ("pin.c", "insnmix.c")))
+        sources = [_own(name).read_text() for name in ("pin.c", "insnmix.c", "check.py", "boards.py")]
+        programs = _key(guest, compiler, *sources)
         stages: list[tuple[str, str, Callable[[], None]]] = [
             ("guest", guest, self._make_guest),
             ("qemu", _key(guest, "qemu"), self._make_emulator),

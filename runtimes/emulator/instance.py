@@ -123,15 +123,24 @@ class BoardInstance:
                 why=error.strerror,
                 remedy="`edgepress emulator status` shows what is on; `down` switches it off",
             ) from error
-        self.why_not_whole = self._obstacle()
+        try:
+            self.why_not_whole = self._obstacle()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Switch it off: everything that runs on it ends, and its files go; may be called twice."""
+        mine = self._lock is not None or self._server is not None
         if self._server is not None:
             _end(self._server)
             self._server = None
-        if self._lock is not None:
+        if mine:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
@@ -210,6 +219,8 @@ class BoardInstance:
         config = self.folder / "ssh_config"
         name = f"{self.board.name}-emulated"
         config.write_text(_CLIENT.format(name=name, port=port, folder=self.folder), encoding="utf-8")
+        if self._stays:
+            self._unlock()  # the server alone has the folder now, and gives it back when it ends
         return Login(
             url=DeviceUrl(kind="ssh", host=name),
             settings=SshSettings(config=config, python=_PYTHON, connect_s=60.0),

@@ -24,7 +24,11 @@ def map_users(pid: int) -> bool:
         if first is None:
             return False
         words = [tool, str(pid), "0", str(own), "1", "1", str(first), str(IDS - 1)]
-        if subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
+        try:
+            done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        except OSError:
+            return False
+        if done.returncode:
             return False
     return True
 
