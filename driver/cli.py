@@ -31,7 +31,7 @@ from ..graph.errors import (
 )
 from .history.formats import check_format, deliver
 from .options import parse_arguments
-from .output import Answer, write_answer
+from .output import Answer, visible, write_answer
 from .reporter import Reporter, Verbosity, console_reporter
 
 # The module of each command is loaded only when the command runs: `--help` stays cheap.
@@ -211,5 +211,5 @@ def _disk_full(error: OSError) -> EdgepressError:
 
 def _say(text: str) -> None:
     encoding = sys.stderr.encoding or "utf-8"
-    sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stderr.write(visible(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
     sys.stderr.flush()

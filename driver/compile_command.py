@@ -11,6 +11,7 @@ import msgspec
 from ..graph.errors import OutputError
 from ..targets.host import runtime_version
 from .compile import compile_model
+from .history.record import keep_compiled
 from .measuring.device_planning import planning_device
 from .options import recipe_from
 from .output import Answer
@@ -37,9 +38,12 @@ def run(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
             remedy="add -o OUT with a folder that does not exist yet, or --dry-run",
         )
     with planning_device(arguments, reporter, version=runtime_version()) as found:
-        if found is not None and arguments.threads is None and found[1].threads:
-            recipe = msgspec.structs.replace(recipe, threads=found[1].threads)
+        threads = arguments.threads or (None if found is None else found[1].threads)
+        if threads:
+            recipe = msgspec.structs.replace(recipe, threads=threads)
         result = _compiled(arguments, recipe, reporter, None if found is None else found[0])
+    if found is not None and result.bundle is not None:
+        keep_compiled(result.bundle, device=found[1].name, url=found[1].url, reporter=reporter)
     if arguments.dry_run:
         return Answer(
             document=document_of(result), blocks=dry_run_blocks(result, every_node=arguments.verbose)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -16,6 +17,8 @@ from ..graph.errors import EXIT_OK
 if TYPE_CHECKING:
     from rich.console import Console
 
+# What a terminal obeys instead of showing it; texts of devices and file names may hold it.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Output that goes into a file or a pipe is never wrapped: one row stays one line.
 _UNWRAPPED_COLUMNS = 10_000
 
@@ -110,10 +113,15 @@ def render(blocks: Sequence[Block], stream: TextIO) -> str:
         if index:
             text.write("\n")
         if isinstance(block, str):
-            text.write(block + "\n")
+            text.write(visible(block) + "\n")
         else:
             _print_table(console, block)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def visible(text: str) -> str:
+    """Text without the control characters that a terminal obeys; line ends and tabs stay."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 def _print_table(console: Console, table: Table) -> None:
@@ -121,13 +129,13 @@ def _print_table(console: Console, table: Table) -> None:
     from rich.text import Text
 
     if table.title:
-        console.print(Text(table.title, style="bold"))
+        console.print(Text(visible(table.title), style="bold"))
     drawn = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in table.columns:
         numeric = column in table.numeric
         drawn.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(visible(cell)) for cell in row))
     console.print(drawn)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING, Literal, Protocol
 
+from .output import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -105,7 +107,7 @@ class PlainReporter:
 
     def write(self, line: str) -> None:
         """Write one line at once."""
-        self._stream.write(line + "\n")
+        self._stream.write(visible(line) + "\n")
         self._stream.flush()
 
     @contextmanager
@@ -193,7 +195,7 @@ class LiveReporter:
         self._print(f"warning: {text}", "yellow")
 
     def _print(self, text: str, style: str | None) -> None:
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def console_reporter(stream: IO[str], verbosity: Verbosity) -> Reporter:

@@ -13,6 +13,7 @@ from edgepress.driver.output import (
     format_ms,
     format_percent,
     json_text,
+    render,
     write_answer,
 )
 from edgepress.driver.reporter import (
@@ -67,6 +68,15 @@ def test_colour_is_for_terminals_and_no_color_is_honoured(monkeypatch):
     plain = "\n".join(lines_of(ANSWER, Terminal()))
     # Bold and dim may stay; a colour code (30 to 49, 90 to 107) may not.
     assert not re.search(r"\x1b\[[0-9;]*\b(?:3\d|4\d|9\d|10[0-7])m", plain)
+
+
+def test_what_a_device_calls_itself_moves_no_cursor():
+    evil = "board\x1b[2J\x9b1m\x07"
+    text = render([evil, Table(columns=("a",), rows=((evil,),), title=evil)], io.StringIO())
+    assert not set(text) & {"\x1b", "\x9b", "\x07"}
+    stream = io.StringIO()
+    PlainReporter(stream, "normal").warn(evil)
+    assert "\x1b" not in stream.getvalue()
 
 
 def test_json_is_one_document_in_a_fixed_order():

@@ -14,6 +14,7 @@ from edgepress.compress.drift_limit import DriftLimit
 from edgepress.compress.recipe import Recipe
 from edgepress.driver.cli import main
 from edgepress.driver.compile import compile_model
+from edgepress.driver.history.store import History, history_file
 from edgepress.driver.reporter import SilentReporter
 from edgepress.driver.summary import summary_blocks
 from edgepress.graph.errors import NotSupported, RuntimeUnavailable, TargetError
@@ -27,6 +28,7 @@ LOOSE = (DriftLimit(metric="l2", limit=0.9),)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("EDGEPRESS_HISTORY", str(tmp_path / "history"))
     return tmp_path / "cache"
 
 
@@ -190,6 +192,11 @@ def test_the_command_compiles_by_a_device_s_times(tmp_path, model, loopback, cap
     run = json.loads((tmp_path / "out" / "runs" / "device.json").read_text())["payload"]
     assert run["outputs"]["within_tolerance"]
     assert run["benchmark"]["latency"]
+    with History(history_file()) as history:
+        kept = [row for row in history.rows() if row.role == "bundle"]
+    assert [(row.url, row.kind, row.bundle_path) for row in kept] == [
+        (loopback.url, "benchmark", str(tmp_path / "out"))
+    ]
     assert timings(cache)
     assert loopback.left() == []
 

@@ -23,6 +23,8 @@ def features(core="Arm Cortex-A76", isa=A76, board=None, *, architecture="aarch6
 
 PI5 = features(board="Raspberry Pi 5 Model B Rev 1.0")
 PI4 = features("Arm Cortex-A72", ("asimd", "crc32", "fp"), "Raspberry Pi 4 Model B Rev 1.4")
+PI3 = features("Arm Cortex-A53", ("asimd", "crc32", "fp"), "Raspberry Pi 3 Model B Plus Rev 1.3")
+PI500 = features(board="Raspberry Pi 500 Rev 1.0")
 ROCK5 = features(board="Radxa ROCK 5B")
 ALTRA = features("Arm core (part 0xd0c)")
 A710 = features("Arm core (part 0xd47)", (*A76, "bf16", "i8mm"))
@@ -38,6 +40,8 @@ def fit(target, device, **more):
     [
         ("raspberry-pi-5", PI5, "measured-on-target"),
         ("raspberry-pi-4", PI4, "measured-on-target"),
+        ("raspberry-pi-3b-plus", PI3, "measured-on-target"),
+        ("raspberry-pi-5", PI500, "measured-elsewhere"),
         ("raspberry-pi-5", ROCK5, "measured-elsewhere"),
         ("aarch64-dotprod", ALTRA, "measured-elsewhere"),
         ("aarch64-dotprod", PI5, "measured-elsewhere"),

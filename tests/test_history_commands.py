@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 import export_case
 import pytest
 from edgepress.driver.cli import main
-from edgepress.driver.devices import commands as device_commands
+from edgepress.driver.devices.running import LocalRunner
 from edgepress.driver.history.after_run import finish, request_of
 from edgepress.driver.history.command import since
-from edgepress.driver.history.documents import bundle_facts
+from edgepress.driver.history.documents import Source, bundle_facts, read_document
 from edgepress.driver.history.store import History, history_file
 from edgepress.driver.options import parse_arguments
 from edgepress.driver.output import Answer
@@ -176,7 +176,7 @@ def test_verifications_are_kept(bundle, capsys):
 
 def test_devices_are_kept_with_their_names(bundle, capsys, home, monkeypatch):
     good = device_document(bundle_facts(bundle).digest, scenarios=[])
-    monkeypatch.setattr(device_commands, "_run_here", lambda *_: good)
+    monkeypatch.setattr(LocalRunner, "run", lambda *_: good)
     (home / "lab.toml").write_text('[devices.desk]\nurl = "local"\n[devices.shelf]\nurl = "local"\n')
     told(capsys, "benchmark", bundle, "--devices", "lab.toml")
     rows = [row for row in rows_of_history() if row.role == "bundle"]
@@ -184,13 +184,13 @@ def test_devices_are_kept_with_their_names(bundle, capsys, home, monkeypatch):
     assert [(row.device, row.url, row.bundle_path) for row in rows] == [("desk", "local", str(bundle))]
     assert "2 runs found, 0 of them new" in told(capsys, "history", "import", bundle)[0]
     void = {**good, "void": True, "void_reasons": ["throttled"], "started": "2026-01-31T13:00:00Z"}
-    monkeypatch.setattr(device_commands, "_run_here", lambda *_: void)
+    monkeypatch.setattr(LocalRunner, "run", lambda *_: void)
     words = ["benchmark", bundle, "--devices", "lab.toml", "--save-baseline", "main"]
     out, _ = told(capsys, *words, "--fail-if", "p90>99s", code=3)
     assert "Not saved as baseline 'main'" in out
     assert "the run does not count: throttled" in out
     verified = device_document(benchmark=None, scenarios=[], started="2026-01-31T14:00:00Z")
-    monkeypatch.setattr(device_commands, "_run_here", lambda *_: verified)
+    monkeypatch.setattr(LocalRunner, "run", lambda *_: verified)
     told(capsys, "verify", bundle, "--devices", "lab.toml")
     assert [row.kind for row in rows_of_history()].count("verify") == 1
 
@@ -276,6 +276,46 @@ def test_runs_are_named_by_id_baseline_bundle_and_file(home, capsys):
         assert "baselines: main" in err
     (home / "folder").mkdir()
     assert "no bundle" in told(capsys, "history", "show", "folder", code=2)[1]
+
+
+def test_a_comparison_without_a_figure_before_says_what_to_do(home, capsys):
+    after = result(home, "b.json", hour=13)
+    document = json.loads(after.read_text())
+    bundle_row = document["benchmark"]["latency"]["bundle"]
+    bundle_row["p99_ms"], bundle_row["intervals_ms"] = None, {}
+    before = home / "a.json"
+    before.write_text(json.dumps(document))
+    out, _ = told(capsys, "history", "compare", before, after, "--fail-if", "p99>+5%", code=2)
+    assert "there is no earlier run to hold this one against" in out
+    assert "do:" in out
+    _, err = told(capsys, "history", "compare", before, after, "--strict-gate", code=2)
+    assert "add --fail-if" in err
+
+
+def test_a_reference_that_no_file_can_be_called(home, capsys):
+    _, err = told(capsys, "history", "show", "a/" * 3000, code=2)
+    assert "there is no run, baseline, bundle or file" in err
+    told(capsys, "benchmark", "out", "--compare", "x" * 3000, code=2)
+    assert home.exists()
+
+
+def test_runs_of_other_devices_do_not_crowd_the_reference_out(home, bundle):
+    document = json.loads(result(home, "a.json").read_text())
+    mine = read_document(document, Source(where="a", device="mine", url="ssh://mine"))
+    others = [
+        run
+        for number in range(250)
+        for run in read_document(
+            {**document, "started": "2026-02-01T12:00:00Z", "number": number},
+            Source(where="a", device="theirs", url="ssh://theirs"),
+        )
+    ]
+    with History(history_file()) as history:
+        history.add([*mine, *others])
+    now = read_document({**document, "number": -1}, Source(where="a", device="mine", url="ssh://mine"))
+    request = request_of(parse_arguments(["benchmark", str(bundle), "--fail-if", "size>+5%", "--no-history"]))
+    answer = finish(request, now, Answer(document={}, blocks=()), SilentReporter())
+    assert answer.exit_code == 0, answer.blocks
 
 
 def test_the_list_is_filtered(home, capsys):

@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -355,3 +356,23 @@ def test_axes_hold_every_range(low, spread):
     ticks = [text for text in texts if re.fullmatch(r"[0-9.]+", text)]
     assert 2 <= len(ticks) <= 8
     assert len(set(ticks)) == len(ticks)
+
+
+# ------------------------------------------------------------------------------------ what stands there
+
+
+def test_a_link_leads_to_the_file_and_what_is_no_file_stays(tmp_path):
+    real, link, pipe = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe.json"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_whole(link, "new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="cannot be written") as caught:
+        write_whole(pipe, "new")
+    assert "stdout" in caught.value.remedy
+    assert pipe.is_fifo()
+    with pytest.raises(OutputError, match="no such folder"):
+        write_whole(real / "x.json", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "pipe.json", "real.json"]

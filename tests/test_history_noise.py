@@ -291,6 +291,44 @@ def test_what_cannot_pass_a_gate():
     assert state("size>+5%", row("a", file_bytes=10), sized) == ("passed", True)
 
 
+def test_counted_instructions_of_other_inputs_or_boards_judge_nothing():
+    before = row("a", emulated=True, instructions=1e6)
+    assert state("instructions>+1%", before, row("b", emulated=True, instructions=2e6))[0] == "failed"
+    for other in ({"shapes": "x:1x9"}, {"cpu": "Cortex-A76"}, {"url": "emulated:x"}, {"threads": 4}):
+        after = row("b", emulated=True, instructions=1e6, **other)
+        assert state("instructions>+1%", before, after) == ("other conditions", False)
+
+
+def test_counted_instructions_differ_a_little_from_run_to_run():
+    """Two runs of one bundle on one emulated board, as they were counted."""
+    before, after = (
+        row(name, emulated=True, instructions=n) for name, n in (("a", 15816203), ("b", 15818113))
+    )
+    assert change(METRICS_BY_NAME["instructions"], before, after).verdict == "no difference"
+    more = row("c", emulated=True, instructions=15816203 * 1.01)
+    assert change(METRICS_BY_NAME["instructions"], before, more).verdict == "higher"
+
+
+def test_what_an_emulated_board_is_held_to_is_said():
+    def told(gate, held):
+        return judge(parse_gate(gate), held, None, subject="net", strict=False).text
+
+    assert "hold it to instructions" in told("p50>+5%", row(emulated=True, instructions=1.0))
+    assert "only an emulated board" in told("instructions>+5%", row(p50_ms=1.0))
+
+
+@pytest.mark.parametrize("text", ["p50>+" + "9" * 400 + "%", "p50>+1e999%", "p50>1e999ms"])
+def test_a_limit_that_nothing_can_reach_is_refused(text):
+    with pytest.raises(RecipeError, match="too large"):
+        parse_gate(text)
+
+
+def test_an_interval_holds_the_figure():
+    """The mean of the sessions lies beyond the limit, the figure of the whole run does not."""
+    load = row("b", load_ms=10.0, sessions_ms={"load": (11.0, 11.1, 11.2)})
+    assert state("load>10.5ms", None, load) == ("undecided", True)
+
+
 def test_growth_from_nothing():
     assert state("drift>+5%", row("a", drift_cosine=0.0), row("b", drift_cosine=0.0)) == ("passed", True)
     assert state("drift>+5%", row("a", drift_cosine=0.0), row("b", drift_cosine=1e-9)) == ("failed", False)

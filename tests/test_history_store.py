@@ -235,3 +235,50 @@ def test_documents_are_kept_whole(path):
         assert history.document(identity) == document
     stored = sqlite3.connect(path).execute("SELECT document FROM runs").fetchone()[0]
     assert json.loads(stored) == document
+
+
+def test_the_first_use_by_two_processes_is_no_other_programs_database(path, monkeypatch):
+    """The other one makes the file just as this one looks at it."""
+    path.parent.mkdir(parents=True)
+    real = sqlite3.connect
+
+    class Watched:
+        def __init__(self, *arguments, **options):
+            self._real, self._made = real(*arguments, **options), False
+
+        def __getattr__(self, name):
+            return getattr(self._real, name)
+
+        def execute(self, text, *values):
+            found = self._real.execute(text, *values)
+            if "application_id" in text and not self._made:  # half of what is asked about the file
+                rows, self._made = found.fetchall(), True
+                monkeypatch.setattr(sqlite3, "connect", real)
+                with History(path) as other:
+                    other.add([made(1)])
+                return Answered(rows)
+            return found
+
+    class Answered:
+        def __init__(self, rows):
+            self._rows = rows
+
+        def fetchone(self):
+            return self._rows[0]
+
+    monkeypatch.setattr(sqlite3, "connect", Watched)
+    with History(path) as history:
+        assert [row.run for row in history.rows()] == [made(1).id]
+
+
+def test_a_run_that_another_process_removed_cannot_be_named(path):
+    with History(path) as history, pytest.raises(OutputError) as caught:
+        history.save_baseline("main", [made(1).id])
+    assert "try again" in caught.value.remedy
+    assert "damaged" not in caught.value.what
+
+
+def test_a_home_that_there_is_not_is_a_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGEPRESS_HISTORY", "~nobody-of-this-name/runs")
+    assert history_file() == Path("~nobody-of-this-name/runs/history.sqlite")

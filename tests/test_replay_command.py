@@ -10,7 +10,11 @@ import replay_case
 import ssh_case
 from edgepress.driver.cli import main
 from edgepress.driver.devices import kernel_replay
-from edgepress.graph.errors import RuntimeUnavailable
+from edgepress.driver.devices.end_to_end import apart, end_to_end
+from edgepress.export.replay_record import golden_feeds
+from edgepress.export.verify import read_manifest
+from edgepress.graph.errors import DataError, RuntimeUnavailable
+from edgepress.runtimes.replay import Played
 
 PI = ["--device", "ssh://pi"]
 
@@ -184,3 +188,36 @@ def test_a_board_by_ssh(static, tmp_path, capsys):
         assert all(unit["state"] == "identical" for unit in found["units"])
         assert found["end_to_end"]["verdict"] == "identical"
         assert board.left() == []
+
+
+def test_what_is_not_finite_or_of_another_type_is_no_small_difference():
+    ones = [{"y": np.ones((2, 3), np.float32)}]
+    for bad in (np.nan, np.inf):
+        found = apart(ones, [{"y": np.full((2, 3), bad, np.float32)}])
+        assert (found.identical, found.max_abs, found.far) == (False, np.inf, np.inf)
+    half = np.ones((2, 3), np.float32)
+    half[0, 0] = np.nan
+    assert apart([{"y": half}], [{"y": half.copy()}]).max_abs == 0
+    with pytest.raises(DataError, match="another type"):
+        apart(ones, [{"y": np.ones((2, 3), np.int64)}])
+
+
+def test_a_form_that_overflows_here_widens_no_spread(static):
+    manifest = read_manifest(static)
+    recorded = [outputs for _, outputs in golden_feeds(static, manifest)]
+
+    def played(change):
+        outputs = tuple(tuple(change(array) for array in feeds.values()) for feeds in recorded)
+        return Played(outputs=outputs)
+
+    whole = end_to_end(
+        manifest,
+        recorded,
+        here=played(lambda array: array),
+        there=played(lambda array: array + 100),
+        variants={"overflows": played(lambda array: array * np.inf)},
+        baseline=None,
+    )
+    assert whole.verdict == "beyond the spread"
+    assert np.isfinite(whole.widest)
+    assert whole.failed

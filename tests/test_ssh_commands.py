@@ -131,7 +131,7 @@ def test_a_probed_profile_is_a_target(board, tmp_path, capsys):
         (["--device", "telnet://x"], "is not a device"),
         (["--device", "ssh://pi:secret@x"], "carries a password"),
         (["--device", "emulated:raspberry-pi-9"], "did you mean emulated:raspberry-pi-"),
-        (["--device", "emulated:raspberry-pi-4", "--wheels", "."], "leave wheels out"),
+        (["--device", "emulated:raspberry-pi-4", "--wheels", "."], "leave --wheels out"),
         (["--group", "pi"], "--devices FILE"),
         (["--wheels", "."], "about devices by ssh"),
         (["--device", "ssh://x", "--wheels", "absent"], "no such folder"),

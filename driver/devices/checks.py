@@ -19,9 +19,10 @@ from ...targets.registry import load_target, to_toml
 from ..doctor_command import Check
 from ..output import Answer, Table, format_bytes
 from ..reporter import Reporter
-from .commands import Told, open_entry
+from .commands import open_entry
 from .emulated import set_up
 from .fleet import run_on_devices
+from .running import Told
 
 if TYPE_CHECKING:
     from ...targets.host import HostFacts
@@ -42,12 +43,14 @@ class Probed(Protocol):
 def doctor(entries: Sequence[DeviceEntry], reporter: Reporter) -> Answer:
     """Check every device: can it be reached, what is it, and does its runtime run; nothing is installed."""
 
+    ready = set_up(entries, None, reporter)
+
     def work(entry: DeviceEntry, told: Told) -> tuple[Check, ...]:
+        ready(entry)
         plain = msgspec.structs.replace(_reachable(entry), wheels=None)
         with open_entry(plain, reporter, None, told) as device:
             return _checks(device)
 
-    set_up(entries, None, reporter)
     with reporter.stage(f"checks on {', '.join(entry.name for entry in entries)}"):
         outcomes = run_on_devices(entries, work)
     found = [(outcome.entry, outcome.value or (_failed("reached", outcome.error),)) for outcome in outcomes]

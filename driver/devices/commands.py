@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ...export.runs import append_run
-from ...export.verify import read_manifest
-from ...graph.errors import (
-    EXIT_CHECK,
-    EdgepressError,
-    OutputError,
-    RecipeError,
-    RuntimeUnavailable,
-    UserError,
-)
-from ...runtimes import device_runner
+from ...graph.errors import EXIT_CHECK, EdgepressError, OutputError, RecipeError, UserError
 from ...runtimes.device_file import DeviceEntry, choose_devices, read_devices
 from ...runtimes.remote import parse_device_url
-from ...runtimes.ssh import SshDevice, runner_result, void_error
+from ...runtimes.ssh import SshDevice, void_error
 from ...runtimes.ssh_connection import SshSettings
 from ...runtimes.ssh_environment import RuntimeWish
 from ..history.after_run import Request, finish
 from ..history.record import device_run, keep
 from ..history.rows import RecordedRun
 from ..opened import is_bundle, open_named
-from ..output import Answer, Table, format_ms
+from ..output import Answer, Table
 from ..reporter import Reporter
-from .emulated import instruction_table, is_emulated, open_emulated, set_up
-from .fleet import Closable, Outcome, exit_code_of, only_error, run_on_devices
-from .scenario_options import LEAST_LIMIT_S, least_limit_s, runner_commands, runner_words
+from ..timing_tables import format_known_ms
+from .emulated import instruction_table, is_emulated, open_emulated, refuse_unused
+from .fleet import exit_code_of
+from .running import LOCAL, Outcomes, Result, Task, Told, results_of, run_task
+from .scenario_options import LEAST_LIMIT_S, about_time, least_limit_s, runner_commands, runner_words
 from .scenario_tables import further_tables
 
-Result = dict[str, Any]
-Told = Callable[[Closable], None]
-_LOCAL = "local"
-THIS_MACHINE = DeviceEntry(name=_LOCAL, url=_LOCAL)
+THIS_MACHINE = DeviceEntry(name=LOCAL, url=LOCAL)
 _RUN_NAME = "device"
 
 
@@ -57,22 +45,25 @@ def devices_of(arguments: argparse.Namespace) -> tuple[DeviceEntry, ...]:
     named = list(dict.fromkeys(arguments.device or ()))
     if arguments.group is not None and arguments.devices is None:
         raise RecipeError("--group chooses from a devices file", where="--group", remedy="add --devices FILE")
-    entries = [_entry(url, arguments) for url in named]
+    entries = [DeviceEntry(name=str(parse_device_url(url)), url=url) for url in named]
     if arguments.devices is not None:
-        listed = choose_devices(read_devices(Path(arguments.devices)), group=arguments.group)
-        entries += [_with_options(entry, arguments) for entry in listed]
-    if all(entry.url == _LOCAL for entry in entries) and len(entries) <= 1:
+        entries += choose_devices(read_devices(Path(arguments.devices)), group=arguments.group)
+    if not any(parse_device_url(entry.url).kind == "ssh" for entry in entries):
         _refuse_unused(arguments)
+    entries = [_with_options(entry, arguments) for entry in entries]
+    if all(entry.url == LOCAL for entry in entries) and len(entries) <= 1:
+        if entries and getattr(arguments, "threads", None) is None:
+            arguments.threads = entries[0].threads
         return ()
     return tuple(entries)
 
 
-def _entry(url: str, arguments: argparse.Namespace) -> DeviceEntry:
-    return _with_options(DeviceEntry(name=str(parse_device_url(url)), url=url), arguments)
-
-
 def _with_options(entry: DeviceEntry, arguments: argparse.Namespace) -> DeviceEntry:
-    """The entry with what the command line says of all devices; that goes before the file."""
+    """The entry with what the command line says of all devices by ssh; that goes before the file."""
+    if entry.url == LOCAL:
+        refuse_unused(entry, "this machine runs the Python and the runtime of this edgepress")
+    if parse_device_url(entry.url).kind != "ssh":
+        return entry
     wheels = arguments.wheels
     if wheels is not None and not Path(wheels).is_dir():
         raise RecipeError("there is no such folder", where=f"--wheels {wheels}", remedy="check the path")
@@ -92,7 +83,9 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None:
             flag = f"--{option.replace('_', '-')}"
             raise RecipeError(
-                f"{flag} is about devices by ssh", where=flag, remedy="add --device ssh://USER@HOST"
+                f"{flag} is about devices by ssh",
+                where=flag,
+                remedy=f"leave {flag} out, or add --device ssh://USER@HOST",
             )
 
 
@@ -147,46 +140,69 @@ def benchmark(
                 why="a device times the inputs that the bundle itself carries",
                 remedy=f"leave --{option} out, or compile with the shape that shall be timed",
             )
+    _say_of_emulated(arguments, entries, reporter)
     words = runner_words(arguments)
     with tempfile.TemporaryDirectory(prefix="edgepress-benchmark-") as scratch:
-        baseline = _baseline(arguments, reporter, Path(scratch))
-        bundles = [_bundle(name) for name in dict.fromkeys(arguments.bundle_or_model)]
-        outcomes = _measure(
-            entries,
-            bundles,
-            runner_commands(arguments),
-            reporter,
+        task = Task(
+            bundles=[_bundle(name) for name in dict.fromkeys(arguments.bundle_or_model)],
+            commands=runner_commands(arguments),
             words=words,
-            limit_s=least_limit_s(arguments),
             threads=arguments.threads,
-            baseline=baseline,
+            baseline=_baseline(arguments, reporter, Path(scratch)),
+            limit_s=least_limit_s(arguments),
+            check=_check,
+            keep=functools.partial(_keep, reporter),
         )
-    for outcome in outcomes:
-        for bundle, result in zip(bundles, outcome.value or (), strict=False):
-            _keep(bundle, result, reporter)
-    rows = tuple(
-        row
-        for outcome in outcomes
-        for bundle, result in zip(bundles, outcome.value or (), strict=False)
-        for row in _latency_rows(outcome.entry.name, bundle, result)
-    )
+        outcomes = run_task(task, entries, open_entry, reporter)
+    answer = _answer(outcomes, task.bundles, _tables(list(results_of(outcomes, task.bundles))))
+    return finish(request or Request(), _runs(outcomes, task.bundles, reporter), answer, reporter)
+
+
+def _say_of_emulated(
+    arguments: argparse.Namespace, entries: Sequence[DeviceEntry], reporter: Reporter
+) -> None:
+    """Tell beforehand which options emulated boards cannot follow.
+
+    Raises:
+        RecipeError: if no device can.
+    """
+    flags = about_time(arguments)
+    boards = [entry.name for entry in entries if is_emulated(entry)]
+    if not flags or not boards:
+        return
+    if len(boards) == len(entries):
+        raise RecipeError(
+            f"an emulated board has no use for {', '.join(flags)}",
+            where=", ".join(boards),
+            why="it counts the instructions of an inference on one thread; its times say nothing",
+            remedy=f"leave {', '.join(flags)} out, or name a real board: --device ssh://USER@HOST",
+        )
+    reporter.note(f"{', '.join(flags)}: not on {', '.join(boards)}, which count instructions only")
+
+
+def _check(result: Result) -> None:
+    """Read everything that is shown of a result; raises KeyError, TypeError or the like where it lies."""
+    for name in ("notes", "void_reasons"):
+        if not isinstance(result[name], list):
+            raise TypeError(f"{name} is no list")
+        "".join(result[name])
+    _tables([(THIS_MACHINE, Path(), result)])
+
+
+def _tables(results: Sequence[tuple[DeviceEntry, Path, Result]]) -> list[Table]:
+    """What was measured: latencies, instructions, and everything further."""
     columns = ("device", "bundle", "timed", "p50", "p90", "p99", "load", "outputs", "counts")
-    numeric = frozenset({"p50", "p90", "p99", "load"})
+    rows = tuple(
+        row for entry, bundle, result in results for row in _latency_rows(entry.name, bundle, result)
+    )
     counts = instruction_table(
-        (outcome.entry.name, bundle, _outputs(result), result)
-        for outcome in outcomes
-        for bundle, result in zip(bundles, outcome.value or (), strict=False)
+        (entry.name, bundle, _outputs(result), result) for entry, bundle, result in results
     )
-    tables = [Table(columns=columns, rows=rows, numeric=numeric), *([] if counts is None else [counts])]
-    tables += further_tables(
-        [
-            (outcome.entry.name, str(bundle), result)
-            for outcome in outcomes
-            for bundle, result in zip(bundles, outcome.value or (), strict=False)
-        ]
-    )
-    answer = _answer(outcomes, bundles, tables)
-    return finish(request or Request(), _runs(outcomes, bundles, reporter), answer, reporter)
+    return [
+        Table(columns=columns, rows=rows, numeric=frozenset({"p50", "p90", "p99", "load"})),
+        *([] if counts is None else [counts]),
+        *further_tables([(entry.name, str(bundle), result) for entry, bundle, result in results]),
+    ]
 
 
 def verify(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], reporter: Reporter) -> Answer:
@@ -197,11 +213,11 @@ def verify(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], report
         EdgepressError: of a single device, what ended its work.
     """
     bundles = [_bundle(arguments.bundle)]
-    outcomes = _measure(entries, bundles, ("verify",), reporter)
+    task = Task(bundles=bundles, commands=("verify",), limit_s=LEAST_LIMIT_S, check=_verify_row)
+    outcomes = run_task(task, entries, open_entry, reporter)
     rows = tuple(
-        (outcome.entry.name, str(bundle), _outputs(result), (result["runtime"] or {}).get("version") or "")
-        for outcome in outcomes
-        for bundle, result in zip(bundles, outcome.value or (), strict=False)
+        (entry.name, str(bundle), *_verify_row(result))
+        for entry, bundle, result in results_of(outcomes, bundles)
     )
     table = Table(columns=("device", "bundle", "outputs", "onnxruntime"), rows=rows)
     if not arguments.no_history:
@@ -209,80 +225,19 @@ def verify(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], report
     return _answer(outcomes, bundles, [table])
 
 
-def _runs(
-    outcomes: Sequence[Outcome[list[Result]]], bundles: Sequence[Path], reporter: Reporter
-) -> list[RecordedRun]:
+def _verify_row(result: Result) -> tuple[str, str]:
+    return _outputs(result), (result["runtime"] or {}).get("version") or ""
+
+
+def _runs(outcomes: Outcomes, bundles: Sequence[Path], reporter: Reporter) -> list[RecordedRun]:
     """The results as runs of the history; one that cannot be read is warned of."""
     found = []
-    for outcome in outcomes:
-        for bundle, result in zip(bundles, outcome.value or (), strict=False):
-            try:
-                found.append(
-                    device_run(result, device=outcome.entry.name, url=outcome.entry.url, bundle=bundle)
-                )
-            except UserError as error:
-                reporter.warn(f"the run on {outcome.entry.name} is not in the history: {error.what}")
-    return found
-
-
-def _measure(
-    entries: Sequence[DeviceEntry],
-    bundles: Sequence[Path],
-    commands: Sequence[str],
-    reporter: Reporter,
-    *,
-    words: Sequence[str] = (),
-    threads: int | None = None,
-    baseline: Path | None = None,
-    limit_s: float = LEAST_LIMIT_S,
-) -> tuple[Outcome[list[Result]], ...]:
-    version = read_manifest(bundles[0]).versions.get("onnxruntime")
-
-    def work(entry: DeviceEntry, told: Told) -> list[Result]:
-        count = threads or entry.threads
-        options = [*words, *(["--threads", str(count)] if count else [])]
-        if entry.url == _LOCAL:
-            more = [] if baseline is None else ["--baseline", str(baseline)]
-            return [_run_here(bundle, commands, [*options, *more], limit_s) for bundle in bundles]
-        with ExitStack() as stack:
-            device = stack.enter_context(open_entry(entry, reporter, version, told))
-            if baseline is not None:
-                options += ["--baseline", _baseline_there(device, baseline)]
-            return [device.run_bundle(bundle, commands, options, limit_s=limit_s) for bundle in bundles]
-
-    set_up(entries, version, reporter)
-    with reporter.stage(f"{' and '.join(commands)} on {', '.join(entry.name for entry in entries)}"):
-        outcomes = run_on_devices(entries, work)
-    only_error(outcomes)
-    return outcomes
-
-
-def _run_here(bundle: Path, commands: Sequence[str], options: Sequence[str], limit_s: float) -> Result:
-    """The device runner on this machine, in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="edgepress-device-") as folder:
-        out = Path(folder) / "result.json"
-        words = [sys.executable, device_runner.__file__, *commands, "--bundle", str(bundle)]
+    for entry, bundle, result in results_of(outcomes, bundles):
         try:
-            done = subprocess.run(
-                [*words, "--out", str(out), *options],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=limit_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeUnavailable(
-                f"the device runner did not end within {error.timeout:g} s", where=_LOCAL
-            ) from None
-        if not out.is_file():
-            raise RuntimeUnavailable(
-                "the device runner wrote no result",
-                where=_LOCAL,
-                why=(done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1],
-                remedy="`edgepress doctor` says what is missing",
-            )
-        return runner_result(out.read_bytes(), done.returncode, _LOCAL)
+            found.append(device_run(result, device=entry.name, url=entry.url, bundle=bundle))
+        except UserError as error:
+            reporter.warn(f"the run on {entry.name} is not in the history: {error.what}")
+    return found
 
 
 def _bundle(name: str) -> Path:
@@ -303,17 +258,7 @@ def _baseline(arguments: argparse.Namespace, reporter: Reporter, scratch: Path) 
     return opened.bundle or opened.saved(scratch)
 
 
-def _baseline_there(device: SshDevice, baseline: Path) -> str:
-    if baseline.is_dir():
-        return device.put_bundle(baseline)
-    from ...graph.load import load_model
-
-    weights = load_model(baseline).origin.files
-    files = [baseline, *(baseline.parent / name for name in weights if name != baseline.name)]
-    return device.put([file for file in files if file.is_file()]).as_posix()
-
-
-def _keep(bundle: Path, result: Result, reporter: Reporter) -> None:
+def _keep(reporter: Reporter, bundle: Path, result: Result) -> None:
     try:
         append_run(bundle, _RUN_NAME, result)
     except OutputError as error:
@@ -332,7 +277,7 @@ def _latency_rows(device: str, bundle: Path, result: Result) -> list[tuple[str, 
         (
             *head,
             name,
-            *(format_ms(item[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "load_ms")),
+            *(format_known_ms(item.get(key)) for key in ("p50_ms", "p90_ms", "p99_ms", "load_ms")),
             _outputs(result),
             counts,
         )
@@ -348,25 +293,14 @@ def _outputs(result: Result) -> str:
     return f"{outputs['samples']} golden samples {state}"
 
 
-def _answer(
-    outcomes: Sequence[Outcome[list[Result]]], bundles: Sequence[Path], tables: Sequence[Table]
-) -> Answer:
+def _answer(outcomes: Outcomes, bundles: Sequence[Path], tables: Sequence[Table]) -> Answer:
     """The tables of those that worked, the errors of the others, and every result in the document."""
     blocks: list[str | Table] = [table for table in tables if table.rows]
-    notes = dict.fromkeys(
-        f"{outcome.entry.name}: {note}"
-        for outcome in outcomes
-        for result in outcome.value or ()
-        for note in result["notes"]
-    )
+    results = list(results_of(outcomes, bundles))
+    notes = dict.fromkeys(f"{entry.name}: {note}" for entry, _, result in results for note in result["notes"])
     if notes:
         blocks.append("\n".join(notes))
-    voids = [
-        error
-        for outcome in outcomes
-        for result in outcome.value or ()
-        if (error := void_error(result, outcome.entry.name)) is not None
-    ]
+    voids = [error for entry, _, result in results if (error := void_error(result, entry.name)) is not None]
     failed = [outcome.error for outcome in outcomes if outcome.error is not None]
     blocks += [f"error: {error}" for error in (*failed, *voids)]
     devices = [

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...graph.errors import RecipeError
+from ...graph.errors import EdgepressError, RecipeError
 from ...runtimes.device_file import DeviceEntry
-from ...runtimes.emulator.boards import board_named
+from ...runtimes.emulator.boards import EmulatedBoard, board_named
 from ...runtimes.emulator.device import EmulatedDevice
 from ...runtimes.emulator.install import Emulator
 from ...runtimes.remote import parse_device_url
@@ -33,7 +33,9 @@ def is_emulated(entry: DeviceEntry) -> bool:
     return entry.url.startswith(_PREFIX)
 
 
-def set_up(entries: Sequence[DeviceEntry], version: str | None, reporter: Reporter) -> None:
+def set_up(
+    entries: Sequence[DeviceEntry], version: str | None, reporter: Reporter
+) -> Callable[[DeviceEntry], None]:
     """Set up what the emulated boards among devices lack, before the devices work side by side.
 
     Args:
@@ -41,14 +43,34 @@ def set_up(entries: Sequence[DeviceEntry], version: str | None, reporter: Report
         version: of onnxruntime; None takes this machine's own.
         reporter: progress.
 
+    Returns:
+        What is called with a device before work on it begins; of an emulated board it raises what kept it
+        from being set up, so that the other devices are worked with all the same.
+
     Raises:
         RecipeError: if a device has a key that emulated boards have no use for.
-        RuntimeUnavailable: if they cannot be set up here.
-        OutputError: if the cache folder cannot be written.
+        RuntimeUnavailable: if all are emulated and cannot be set up here.
+        OutputError: if all are emulated and the cache folder cannot be written.
     """
     boards = [board_named(entry.url.removeprefix(_PREFIX)) for entry in entries if is_emulated(entry)]
     for entry in filter(is_emulated, entries):
-        _refuse_unused(entry)
+        refuse_unused(entry, "an emulated board has a Python, a runtime and ssh keys of its own")
+    failure: EdgepressError | None = None
+    try:
+        _install(boards, version, reporter)
+    except EdgepressError as error:
+        if len(boards) == len(entries):
+            raise
+        failure = error
+
+    def ready(entry: DeviceEntry) -> None:
+        if failure is not None and is_emulated(entry):
+            raise failure
+
+    return ready
+
+
+def _install(boards: Sequence[EmulatedBoard], version: str | None, reporter: Reporter) -> None:
     if boards:
         place = emulator()
         if not all(place.is_ready(board) for board in boards):
@@ -68,13 +90,18 @@ def open_emulated(entry: DeviceEntry, version: str | None, reporter: Reporter) -
     )
 
 
-def _refuse_unused(entry: DeviceEntry) -> None:
+def refuse_unused(entry: DeviceEntry, why: str) -> None:
+    """Refuse what a devices file says of a device that is not reached by ssh.
+
+    Raises:
+        RecipeError: if there is any such key.
+    """
     for key in ("wheels", "ssh_config", "python"):
         if getattr(entry, key) is not None:
             raise RecipeError(
                 f"{key} is about devices by ssh",
                 where=entry.name,
-                why="an emulated board has a Python, a runtime and ssh keys of its own",
+                why=why,
                 remedy=f"leave {key} out for {entry.url}",
             )
 

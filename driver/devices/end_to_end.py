@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -49,7 +50,7 @@ class EndToEnd(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         from_arm: the device from this machine with sums of integers spelled out as 64-bit Arm computes them;
             None where the graph has none, or the device is no such.
         spread: name of an equal form -> how far this machine is from itself in it.
-        widest: the largest `far` of the spread, or what the manifest measured if that is more.
+        widest: the largest finite `far` of the spread, or what the manifest measured if that is more.
         drift_here: this machine from the untouched model; None without one.
         drift_there: the device from the untouched model.
         kernels: operator -> kernels of it that the device ran for one sample.
@@ -110,7 +111,8 @@ def end_to_end(
     names = [spec.name for spec in manifest.model.outputs]
     mine = _by_name(here, names)
     spread = {name: apart(mine, _by_name(item, names)) for name, item in variants.items()}
-    widest = max((item.far for item in spread.values()), default=0.0)
+    # A form that overflows here says nothing of roundings.
+    widest = max((item.far for item in spread.values() if math.isfinite(item.far)), default=0.0)
     widest = max(widest, _measured(manifest))
     samples = max(len(here.outputs), 1)
     if there.error is not None:
@@ -149,7 +151,7 @@ def apart(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Apart:
     """The worst over outputs and samples; both in the same order of samples.
 
     Raises:
-        DataError: if an output has another shape, or is missing.
+        DataError: if an output has another shape or kind of type, or is missing.
     """
     cosine = l2 = largest = mismatch = 0.0
     identical = True
@@ -160,6 +162,11 @@ def apart(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Apart:
                 raise DataError(
                     f"output {name!r} has another shape than in what it is compared with",
                     why="missing" if other is None else f"{list(other.shape)} instead of {list(array.shape)}",
+                )
+            if other.dtype.kind != array.dtype.kind:
+                raise DataError(
+                    f"output {name!r} has another type than in what it is compared with",
+                    why=f"{other.dtype} instead of {array.dtype}",
                 )
             found = difference(array, other)
             identical = identical and found.identical
@@ -179,8 +186,11 @@ def apart(reference: Sequence[Feeds], candidate: Sequence[Feeds]) -> Apart:
 def _max_abs(first: Array, second: Array) -> float:
     if first.dtype.kind not in "fiub" or second.dtype.kind not in "fiub":
         return 0.0
-    wide = np.abs(first.astype(np.float64) - second.astype(np.float64))
-    return float(np.max(wide[np.isfinite(wide)], initial=0.0))
+    one, other = first.astype(np.float64), second.astype(np.float64)
+    if not np.array_equal(np.isfinite(one), np.isfinite(other)):
+        return math.inf
+    both = np.isfinite(one)
+    return float(np.max(np.abs(one[both] - other[both]), initial=0.0))
 
 
 def _by_name(played: Played, names: Sequence[str]) -> list[Feeds]:

@@ -31,11 +31,12 @@ from ...targets.registry import load_target
 from ..opened import open_named
 from ..output import Answer
 from ..reporter import Reporter, absolute_progress
-from .commands import THIS_MACHINE, Told, open_entry
+from .commands import THIS_MACHINE, open_entry
 from .emulated import set_up
 from .end_to_end import EndToEnd, end_to_end
-from .fleet import run_on_devices
+from .fleet import only_error, run_on_devices
 from .kernel_tables import kernel_answer
+from .running import Told
 
 _NOISES = 2
 _ARM = "sums as on Arm"
@@ -108,15 +109,16 @@ def run(arguments: argparse.Namespace, entries: Sequence[DeviceEntry], reporter:
     with tempfile.TemporaryDirectory(prefix="edgepress-kernels-") as scratch:
         prepared = prepare(bundle, Path(scratch), reporter, baseline=arguments.baseline)
 
+        chosen = entries or (THIS_MACHINE,)
+        ready = set_up(chosen, prepared.manifest.versions.get("onnxruntime"), reporter)
+
         def work(entry: DeviceEntry, told: Told) -> KernelReport:
+            ready(entry)
             return replay_on(entry, prepared, Path(scratch), reporter, told)
 
-        chosen = entries or (THIS_MACHINE,)
-        set_up(chosen, prepared.manifest.versions.get("onnxruntime"), reporter)
         with reporter.stage(f"replay kernels on {', '.join(entry.name for entry in chosen)}"):
             outcomes = run_on_devices(chosen, work)
-    if len(outcomes) == 1 and outcomes[0].error is not None:
-        raise outcomes[0].error
+    only_error(outcomes)
     return kernel_answer(prepared.bundle, prepared.recording, outcomes)
 
 

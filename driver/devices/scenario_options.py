@@ -174,6 +174,13 @@ def runner_words(arguments: argparse.Namespace) -> list[str]:
     return words
 
 
+def about_time(arguments: argparse.Namespace) -> list[str]:
+    """The options given that an emulated board cannot follow: it has no times, and counts one thread."""
+    flags = [item.option.flags[0] for item in RUNNER_OPTIONS if _given(arguments, item)]
+    flags += [f"--{name}" for name in ("rounds", "runs") if getattr(arguments, name) is not None]
+    return flags + (["--threads"] if (arguments.threads or 1) > 1 else [])
+
+
 def least_limit_s(arguments: argparse.Namespace) -> float:
     """How long the device runner may take before it counts as hung, in seconds."""
     each_s = float(arguments.scenario_seconds or 10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..output import Table, format_bytes, format_ms
+from ..output import Table, format_bytes
 from ..timing_tables import INTERVALS_TITLE, PERCENTILES, format_interval, format_known_ms
 
 Result = Mapping[str, Any]
@@ -58,7 +58,7 @@ def _benchmark(result: Result) -> Mapping[str, Any]:
 
 def _interval_rows(result: Result) -> Iterator[Row]:
     for name, item in (_benchmark(result).get("latency") or {}).items():
-        bounds = item["intervals_ms"]
+        bounds = item.get("intervals_ms") or {}
         yield (name, *(format_interval(bounds.get(key)) for key, _ in PERCENTILES))
 
 
@@ -71,8 +71,10 @@ def _speed_rows(result: Result) -> Iterator[Row]:
 def _cold_rows(result: Result) -> Iterator[Row]:
     cold = _benchmark(result).get("cold_start")
     if cold:
-        peak = cold["peak_memory_bytes"]
-        times = (format_ms(cold[f"{key}_ms"]) for key in ("cold_start", "import", "load", "first_run"))
+        peak = cold.get("peak_memory_bytes")
+        times = (
+            format_known_ms(cold.get(f"{key}_ms")) for key in ("cold_start", "import", "load", "first_run")
+        )
         yield (*times, "" if peak is None else format_bytes(peak))
 
 
@@ -87,26 +89,36 @@ def _sweep_rows(result: Result) -> Iterator[Row]:
                 f"{key} {text}",
                 format_known_ms(latency["p50_ms"]),
                 format_known_ms(latency["p90_ms"]),
-                f"{latency['throughput_per_s']:.1f}",
+                _per_s(latency),
             )
 
 
 def _energy_rows(result: Result) -> Iterator[Row]:
     for item in _benchmark(result).get("energy") or ():
-        if item["joules_per_inference"] is None:
+        if item.get("joules_per_inference") is None:
             yield item["meter"], item.get("why", "not measured"), "", "", ""
             continue
         keys = ("joules_per_inference", "joules_per_inference_above_idle", "watts", "idle_watts")
-        yield (item["meter"], *("" if item[key] is None else f"{item[key]:.4g}" for key in keys))
+        yield (item["meter"], *("" if item.get(key) is None else f"{item[key]:.4g}" for key in keys))
 
 
 def _scenario_rows(result: Result) -> Iterator[Row]:
     for item in result.get("scenarios") or ():
-        by = f"LoadGen {item['loadgen_version']}" if item["official"] else "light implementation"
+        by = (
+            f"LoadGen {item.get('loadgen_version') or ''}".strip()
+            if item["official"]
+            else "light implementation"
+        )
         valid = "yes" if item["valid"] else ", ".join(["no", *item.get("unmet", ())])
         if item["scenario"] == "Offline":
-            yield "Offline", "", "", "", f"{item['throughput_per_s']:.1f}", valid, by
+            yield "Offline", "", "", "", _per_s(item), valid, by
             continue
-        estimate = format_known_ms(item["early_stopping"].get("estimate_ms"))
-        percentile = f"p{100 * item['percentile']:g}"
-        yield item["scenario"], percentile, format_known_ms(item["percentile_ms"]), estimate, "", valid, by
+        estimate = format_known_ms((item.get("early_stopping") or {}).get("estimate_ms"))
+        percentile = f"p{100 * item['percentile']:g}" if item.get("percentile") else ""
+        reached = format_known_ms(item.get("percentile_ms"))
+        yield item["scenario"], percentile, reached, estimate, "", valid, by
+
+
+def _per_s(item: Result) -> str:
+    value = item.get("throughput_per_s")
+    return "" if value is None else f"{value:.1f}"

@@ -72,14 +72,10 @@ def request_of(arguments: argparse.Namespace) -> Request:
         DataError: if the reference is a file without a result.
         OutputError: if the history, where it is needed, cannot be used.
     """
-    gates = tuple(parse_gate(text) for text in arguments.fail_if or ())
+    gates = gates_of(arguments)
     beside = arguments.compare is None and arguments.baseline is not None
     growth = any(gate.is_relative for gate in gates)
     compare = arguments.compare is not None or (growth and not beside)
-    if arguments.strict_gate and not gates:
-        raise RecipeError(
-            "there is no gate to be strict about", where="--strict-gate", remedy="add --fail-if"
-        )
     name = arguments.save_baseline
     if name is not None:
         check_baseline_name(name)
@@ -99,6 +95,20 @@ def request_of(arguments: argparse.Namespace) -> Request:
         keep=not arguments.no_history,
     )
     return _with_reference(request) if request.named else request
+
+
+def gates_of(arguments: argparse.Namespace) -> tuple[Gate, ...]:
+    """The gates of --fail-if.
+
+    Raises:
+        RecipeError: if one is wrong, or there is none for --strict-gate.
+    """
+    gates = tuple(parse_gate(text) for text in arguments.fail_if or ())
+    if arguments.strict_gate and not gates:
+        raise RecipeError(
+            "there is no gate to be strict about", where="--strict-gate", remedy="add --fail-if"
+        )
+    return gates
 
 
 def _with_reference(request: Request) -> Request:
@@ -192,8 +202,8 @@ def _pairs(request: Request, rows: Sequence[Measurement]) -> tuple[list[Pair], E
     try:
         if not request.beside and history_file().exists():
             with History(history_file()) as history:
-                for model in {row.model for row in rows}:
-                    earlier += history.rows([("model IS ?", model)], limit=_NOISE_ROWS)
+                for like in dict.fromkeys(_like(row) for row in rows):
+                    earlier += history.rows(like, limit=_NOISE_ROWS)
     except OutputError as error:
         problem = error if request.compare and request.reference is None and not request.first else None
     if not request.beside:
@@ -210,6 +220,13 @@ def _pairs(request: Request, rows: Sequence[Measurement]) -> tuple[list[Pair], E
     else:
         found = []
     return [Pair(before=old, after=row, spreads=spreads_of(earlier, row)) for old, row in found], problem
+
+
+def _like(row: Measurement) -> tuple[tuple[str, Any], ...]:
+    """Conditions that every row meets that can be compared with this one, and few others do."""
+    names = ("model", "target", "role", "kind", "threads", "shapes")
+    url = () if row.url is None else (("url IS NULL OR url = ?", row.url),)
+    return (*((f"{name} IS ?", getattr(row, name)) for name in names), *url)
 
 
 def _with_those_of_bundles(earlier: Sequence[Measurement], rows: Sequence[Measurement]) -> list[Measurement]:
@@ -296,16 +313,24 @@ def _missing(
             where=", ".join(gate.text for gate in request.gates),
             remedy="see what was said of the runs above",
         )
+    name = request.named or "main"
+    return lacking_reference(
+        results,
+        f"make a first run with --save-baseline {name}, then compare with --compare {name}; or name a "
+        "bundle or a JSON result",
+    )
+
+
+def lacking_reference(results: Sequence[GateResult], remedy: str) -> RecipeError | None:
+    """The error for gates that only lack what to hold a run against; None if none does, or worse happened."""
     lacking = [item for item in results if item.state == "no reference"]
     if not lacking or gate_exit_code(results) == EXIT_CHECK:
         return None
-    name = request.named or "main"
     return RecipeError(
         "there is no earlier run to hold this one against",
         where=", ".join(dict.fromkeys(item.gate for item in lacking)),
         why=lacking[0].text,
-        remedy=f"make a first run with --save-baseline {name}, then compare with --compare {name}; or name a "
-        "bundle or a JSON result",
+        remedy=remedy,
     )
 
 

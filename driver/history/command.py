@@ -16,10 +16,17 @@ from ...graph.errors import OutputError, RecipeError
 from ..opened import is_bundle
 from ..output import Answer, Block, Table, format_figure
 from ..reporter import Reporter
-from .after_run import gate_exit_code, gated, judge_all, warn_of_undecided
+from .after_run import (
+    gate_exit_code,
+    gated,
+    gates_of,
+    judge_all,
+    lacking_reference,
+    warn_of_undecided,
+)
 from .compare import Pair, match, spreads_of
 from .formats import write_whole
-from .gate import figure_interval, parse_gate
+from .gate import figure_interval
 from .plot import DEFAULT_METRICS, html_page, series_of, sparkline, svg_figure
 from .record import SHORT_ID, export_document, referred, runs_at, utc_now
 from .rows import METRICS, METRICS_BY_NAME, Measurement, Metric
@@ -200,7 +207,7 @@ def _figure(metric: Metric, row: Measurement) -> tuple[str, str, str]:
 
 
 def _compare(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
-    gates = tuple(parse_gate(text) for text in arguments.fail_if or ())
+    gates = gates_of(arguments)
     try:
         with History(history_file()) as history:
             before = referred(history, arguments.before, where="BEFORE")
@@ -235,6 +242,9 @@ def _compare(arguments: argparse.Namespace, reporter: Reporter) -> Answer:
     warn_of_undecided(results, reporter)
     if results:
         blocks.append(gate_table(results))
+    lacking = lacking_reference(results, "name an earlier run that counts and has this figure")
+    if lacking is not None:
+        blocks.append(f"error: {lacking}")
     return Answer(
         document={
             "comparison": [comparison_document(pair) for pair in pairs],

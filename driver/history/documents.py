@@ -130,7 +130,21 @@ def recorded(document: Mapping[str, Any], rows: Rows, source: Source) -> Recorde
     plain: Document = msgspec.json.decode(msgspec.json.encode(document))
     identity = run_id(plain)
     found = [{"run": identity, **row} for row in rows(plain, source)]
-    return RecordedRun(id=identity, document=plain, measurements=_checked(found))
+    return RecordedRun(id=identity, document=plain, measurements=_checked(_told_apart(found)))
+
+
+def _told_apart(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with a name of its own for each: a sweep may time one thing twice."""
+    names: set[str] = set()
+    found = []
+    for row in rows:
+        name, number = row["thing"], 1
+        while name in names:
+            number += 1
+            name = f"{row['thing']} ({number})"
+        names.add(name)
+        found.append({**row, "thing": name})
+    return found
 
 
 def _checked(rows: list[dict[str, Any]]) -> tuple[Measurement, ...]:
@@ -151,6 +165,8 @@ def _exported(item: Mapping[str, Any]) -> RecordedRun:
     measurements = _checked(item["measurements"])
     if any(row.run != identity for row in measurements):
         raise ValueError("a run's document is not the one that its rows were read from")
+    if len({row.thing for row in measurements}) < len(measurements):
+        raise ValueError("two rows of a run have one name")
     return RecordedRun(id=identity, document=dict(document), measurements=measurements)
 
 

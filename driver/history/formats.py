@@ -55,14 +55,26 @@ def check_format(arguments: argparse.Namespace) -> None:
         )
     if arguments.output is None:
         return
-    path = Path(arguments.output)
     _format_of(arguments)
-    if not path.parent.is_dir() or path.is_dir():
+    check_output_file(Path(arguments.output))
+
+
+def check_output_file(path: Path) -> None:
+    """Find out whether a file can be put there; a device or a pipe would be replaced by it.
+
+    Raises:
+        OutputError: if the folder does not exist, or something else than a file stands there.
+    """
+    why, remedy = None, "name a file in a folder that exists"
+    if not path.parent.is_dir():
+        why = "there is no such folder"
+    elif path.is_dir():
+        why = "it is a folder"
+    elif path.exists() and not path.is_file():
+        why, remedy = "it is no file", "name a file; without --output the answer goes to stdout"
+    if why is not None:
         raise OutputError(
-            "the answer cannot be written there",
-            where=f"--output {path}",
-            why="it is a folder" if path.is_dir() else "there is no such folder",
-            remedy="name a file in a folder that exists",
+            "the answer cannot be written there", where=f"--output {path}", why=why, remedy=remedy
         )
 
 
@@ -116,6 +128,8 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
+    check_output_file(path)
+    path = path.resolve()  # what a link leads to is replaced, not the link
     part = path.with_name(f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with part.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:

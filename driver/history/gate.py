@@ -96,6 +96,8 @@ def parse_gate(text: str) -> Gate:
             remedy=f"did you mean {near[0]}?" if near else f"use one of {', '.join(METRICS_BY_NAME)}",
         )
     number, unit, plain = float(found["number"]), found["unit"], " ".join(text.split())
+    if not math.isfinite(number):
+        raise RecipeError("the limit is too large", where=f"--fail-if {text!r}", remedy=_EXAMPLE)
     if found["plus"] and unit == "%":
         return Gate(text=plain, metric=metric, growth_fraction=number / 100)
     units = _UNITS[metric.unit]
@@ -132,13 +134,21 @@ def judge(gate: Gate, row: Measurement, pair: Pair | None, *, subject: str, stri
         state: State = "void"
         text = f"the run does not count: {'; '.join(row.void_reasons) or 'it is marked void'}"
     elif gate.metric.of(row) is None:
-        state, text = "not measured", f"{gate.metric.name} was not measured"
+        state, text = "not measured", _not_measured(gate.metric, row)
     elif gate.is_relative:
         state, text = _judge_growth(gate, pair)
     else:
         state, text = _judge_limit(gate, row, pair)
     holds = state == "passed" or (state == "undecided" and not strict)
     return GateResult(gate=gate.text, subject=subject, state=state, holds=holds, text=text)
+
+
+def _not_measured(metric: Metric, row: Measurement) -> str:
+    if row.emulated and metric.unit == "ms":
+        return f"an emulated board has no {metric.name}: hold it to instructions"
+    if metric.name == "instructions" and not row.emulated:
+        return "only an emulated board counts instructions"
+    return f"{metric.name} was not measured"
 
 
 def _judge_growth(gate: Gate, pair: Pair | None) -> tuple[State, str]:
@@ -182,6 +192,9 @@ def figure_interval(
     series = row.sessions_ms.get(metric.sessions or "", ())
     if low is None and high is None and len(series) >= 2 and min(series) > 0:
         _, low, high = ratio_interval(series)
+    if value is not None:  # where sessions and the whole run disagree, nothing is decided
+        low = None if low is None else min(low, value)
+        high = None if high is None else max(high, value)
     if value is not None and value > 0 and spread is not None and not metric.exact:
         wide_low, wide_high = value * math.exp(-spread.half(1)), value * math.exp(spread.half(1))
         low = wide_low if low is None else min(low, wide_low)

@@ -96,8 +96,8 @@ HISTORY = Command(
             name="list",
             summary="the runs, the oldest first",
             description=(
-                "Lists the latest runs of benchmark and verify, the newest last. The history is one file in "
-                "the user's data folder, or in the folder that EDGEPRESS_HISTORY names."
+                "Lists the latest runs of benchmark, verify and compile --device, the newest last. The "
+                "history is one file in the user's data folder, or in the one that EDGEPRESS_HISTORY names."
             ),
             options=(*FILTERS, *FORMAT_OPTIONS, *COMMON),
             examples=(

@@ -150,7 +150,7 @@ def referred(history: History | None, reference: str, *, where: str) -> list[Mea
     if history is not None and reference in names:
         return [row for run in names[reference] for row in history.rows([("run = ?", run)])]
     path = Path(reference)
-    if path.exists():
+    if _exists(path):
         return _referred_path(history, path)
     if history is not None and _HEX.fullmatch(reference):
         rows = history.rows([("run >= ?", reference), ("run < ?", reference + "g")])
@@ -172,6 +172,14 @@ def referred(history: History | None, reference: str, *, where: str) -> list[Mea
         if _BASELINE.fullmatch(reference) and not _HEX.fullmatch(reference)
         else f"`edgepress history list` shows the runs{known}",
     )
+
+
+def _exists(path: Path) -> bool:
+    """Whether it exists, as far as one may see; a name that no file can have does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _referred_path(history: History | None, path: Path) -> list[Measurement]:
@@ -246,6 +254,28 @@ def local_run(document: Mapping[str, Any], where: str) -> RecordedRun:
     plain = msgspec.json.decode(msgspec.json.encode(document))
     (run,) = read_document(plain, Source(where=where, device="local", url="local"))
     return run
+
+
+def keep_compiled(bundle: Path, *, device: str, url: str, reporter: Reporter) -> None:
+    """Keep what a device found in a bundle that was just compiled: it lies in the bundle's runs/.
+
+    Args:
+        bundle: its folder.
+        device, url: as the devices file or the command line has them.
+        reporter: told what could not be kept.
+    """
+    records, _ = read_runs(bundle)
+    try:
+        runs = [
+            device_run(record.payload, device=device, url=url, bundle=bundle)
+            for record in records.values()
+            if record.name == "device"
+        ]
+    except DataError as error:
+        reporter.warn(f"the run on {device} is not in the history: {error.what}")
+        return
+    if runs:
+        keep(runs, reporter)
 
 
 def verify_run(bundle: Path, document: Mapping[str, Any], started: str) -> RecordedRun:

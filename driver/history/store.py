@@ -25,7 +25,10 @@ def history_file() -> Path:
     """The history's file, in EDGEPRESS_HISTORY (a folder) or the user's data folder; it need not exist."""
     named = os.environ.get("EDGEPRESS_HISTORY")
     if named:
-        return Path(named).expanduser() / FILE_NAME
+        try:
+            return Path(named).expanduser() / FILE_NAME
+        except RuntimeError:  # "~name" of a user that there is not: a folder of that very name
+            return Path(named) / FILE_NAME
     import platformdirs
 
     return Path(platformdirs.user_data_dir("edgepress", appauthor=False)) / FILE_NAME
@@ -224,9 +227,12 @@ class History:
             connection.execute(f"PRAGMA user_version = {len(migrations)}")
 
     def _version(self, migrations: Sequence[Sequence[str]]) -> int:
-        version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
-        owner = int(self._connection.execute("PRAGMA application_id").fetchone()[0])
-        tables = int(self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
+        # One statement sees one state of the file: another process may be making it just now.
+        found = self._connection.execute(
+            "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_schema) "
+            "FROM pragma_user_version, pragma_application_id"
+        ).fetchone()
+        version, owner, tables = map(int, found)
         if owner != APPLICATION_ID and (owner or version or tables):
             raise OutputError(
                 "the file of the history is another program's database",
@@ -254,6 +260,13 @@ class History:
                 remedy = "another process has held it for long: try again when that has ended"
             raise OutputError(
                 "the history cannot be used", where=str(self.path), why=str(error), remedy=remedy
+            ) from error
+        except sqlite3.IntegrityError as error:
+            raise OutputError(
+                "the history does not hold the run any more, or holds another of its name",
+                where=str(self.path),
+                why=str(error),
+                remedy="another process has changed it meanwhile: try again",
             ) from error
         except (sqlite3.DatabaseError, msgspec.MsgspecError) as error:
             raise OutputError(

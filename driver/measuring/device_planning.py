@@ -151,8 +151,14 @@ def _misfit(profile: TargetProfile, features: DeviceFeatures) -> str | None:
 
 def _is_itself(profile: TargetProfile, features: DeviceFeatures) -> bool:
     if profile.device.board is not None:
-        return features.board is not None and features.board.startswith(profile.device.board)
+        # "Raspberry Pi 5" is the "Raspberry Pi 5 Model B Rev 1.0", and not the "Raspberry Pi 500".
+        return _board(features.board or "").startswith(_board(profile.device.board))
     return _same_processor(profile, features)
+
+
+def _board(name: str) -> str:
+    """A board's name to be compared word by word; the 3 Model B+ calls itself a Plus."""
+    return f"{name} ".replace(" Plus ", "+ ")
 
 
 def _same_processor(profile: TargetProfile, features: DeviceFeatures) -> bool:
