@@ -15,6 +15,7 @@ import pytest
 from edgepress.driver.cli import main
 from edgepress.export.runs import read_runs
 from edgepress.runtimes.emulator.counts import instructions_of, read_counts
+from edgepress.runtimes.emulator.folders import is_on
 from edgepress.runtimes.emulator.instance import BoardInstance
 from emulator_case import PI_4, PI_5, ready, shared_cache
 from test_device_runner_bundle import SCHEMA, faults
@@ -178,7 +179,7 @@ def test_a_killed_command_leaves_no_process_and_no_file_for_long(place, tmp_path
         process.wait()
         process.stdout.close()
     deadline = time.monotonic() + 20
-    while processes_of(mark) and time.monotonic() < deadline:
+    while (processes_of(mark) or any(map(is_on, left))) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_of(mark) == []
     with BoardInstance(emulator, PI_4, site) as instance:

@@ -9,6 +9,7 @@ about the board, so nothing here ever gives a time.
     wheels.py     the runtime's packages for the board, unpacked once for each version
     install.py    all that is made once: the board's file system, the emulators, two small programs
     instance.py   one board that is switched on: namespaces with an ssh server, or a single process
+    login.py      keys and configuration of a whole board's ssh server
     process.py    programs one by one, where namespaces are not allowed
     folders.py    the folders of boards that are on, and their locks
     users.py      the users of new namespaces

@@ -8,12 +8,10 @@ outputs and counts.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,55 +20,22 @@ from pathlib import Path
 
 from ...graph.errors import OutputError, RuntimeUnavailable
 from ..remote import DeviceUrl
-from ..ssh_connection import SshSettings
 from .boards import EmulatedBoard
 from .enter import NO_BINFMT, NO_MOUNT, NO_NAMESPACE, end_with_parent
 from .folders import new_folder
 from .install import Emulator
+from .login import Login, configure_client, configure_server, make_keys
 from .process import ProcessConnection, write_launcher
 from .users import map_users
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _START_S = 60.0
 _SITE, _PYTHON = "/opt/site", "/usr/bin/python3"
-_SERVER = """Port {port}
-ListenAddress 127.0.0.1
-HostKey /etc/ssh/host_ed25519
-PidFile none
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-PermitRootLogin prohibit-password
-UsePAM no
-UseDNS no
-AllowTcpForwarding no
-X11Forwarding no
-LoginGraceTime 300
-SetEnv PYTHONDONTWRITEBYTECODE=1 OPENBLAS_NUM_THREADS=1
-Subsystem sftp /usr/lib/openssh/sftp-server
-"""
-_CLIENT = """Host {name}
-  HostName 127.0.0.1
-  Port {port}
-  User root
-  IdentityFile "{folder}/client_ed25519"
-  IdentitiesOnly yes
-  UserKnownHostsFile "{folder}/known_hosts"
-  GlobalKnownHostsFile none
-"""
 _REASONS = {
     NO_NAMESPACE: "this user may not make user namespaces here",
     NO_BINFMT: "this kernel has no binfmt_misc for user namespaces (Linux 6.7 and later have)",
     NO_MOUNT: "the board's file systems cannot be mounted here",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Login:
-    """How the board's ssh server is reached, by its own keys."""
-
-    url: DeviceUrl
-    settings: SshSettings
-    config: Path
 
 
 class BoardInstance:
@@ -200,10 +165,9 @@ class BoardInstance:
                 remedy="benchmark and verify with --device work without; for ssh use root and Linux 6.7 or "
                 "later",
             )
-        self._make_keys()
+        make_keys(self.folder)
         for attempt in range(3):
-            port = _free_port()
-            (self.folder / "ssh/sshd_config").write_text(_SERVER.format(port=port), encoding="ascii")
+            port = configure_server(self.folder)
             if self._listen():
                 break
             if attempt == 2 or "Address already in use" not in self._told():
@@ -213,19 +177,9 @@ class BoardInstance:
                     why=(self._told().splitlines() or ["it ended without a word"])[-1],
                     remedy="`edgepress emulator check` tries the board step by step",
                 )
-        key = (self.folder / "ssh/host_ed25519.pub").read_text(encoding="ascii").split()
-        known = self.folder / "known_hosts"
-        known.write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n", encoding="ascii")
-        config = self.folder / "ssh_config"
-        name = f"{self.board.name}-emulated"
-        config.write_text(_CLIENT.format(name=name, port=port, folder=self.folder), encoding="utf-8")
         if self._stays:
             self._unlock()  # the server alone has the folder now, and gives it back when it ends
-        return Login(
-            url=DeviceUrl(kind="ssh", host=name),
-            settings=SshSettings(config=config, python=_PYTHON, connect_s=60.0),
-            config=config,
-        )
+        return configure_client(self.folder, f"{self.board.name}-emulated", port, _PYTHON)
 
     def connect(self, url: DeviceUrl, agent: str) -> ProcessConnection:
         """The way to a board whose programs run one by one."""
@@ -360,21 +314,6 @@ class BoardInstance:
                     os.close(number)
         return process
 
-    def _make_keys(self) -> None:
-        if shutil.which("ssh-keygen") is None:
-            raise RuntimeUnavailable(
-                "OpenSSH's client is not on this machine",
-                where="ssh-keygen",
-                remedy="install it (`sudo apt install openssh-client`)",
-            )
-        for path in (self.folder / "ssh/host_ed25519", self.folder / "client_ed25519"):
-            words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "emulated", "-f", str(path)]
-            subprocess.run(words, check=True, stdin=subprocess.DEVNULL, timeout=60)
-        authorized = self.folder / "home/.ssh/authorized_keys"
-        shutil.copyfile(self.folder / "client_ed25519.pub", authorized)
-        authorized.parent.chmod(0o700)
-        authorized.chmod(0o600)
-
     def _listen(self) -> bool:
         """Start the server and wait until it listens; False if it ended."""
         with (self.folder / "sshd.log").open("wb") as log:
@@ -423,12 +362,6 @@ def _environment() -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "OPENBLAS_NUM_THREADS": "1",  # threads that wait would be counted, too
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
