@@ -15,8 +15,10 @@ import pytest
 from edgepress.driver.cli import main
 from edgepress.export.runs import read_runs
 from edgepress.runtimes.emulator.counts import instructions_of, read_counts
+from edgepress.runtimes.emulator.device import EmulatedDevice
 from edgepress.runtimes.emulator.folders import is_on
 from edgepress.runtimes.emulator.instance import BoardInstance
+from edgepress.runtimes.remote import parse_device_url
 from emulator_case import PI_4, PI_5, ready, shared_cache
 from test_device_runner_bundle import SCHEMA, faults
 
@@ -143,6 +145,16 @@ def test_a_bundle_is_checked_and_counted_in_one_command(place, bundle, tmp_path,
     assert [name for name in runs if name.startswith("device")] == ["device.json"]
     assert problems == []
     assert {path.name for path in emulator.instances.glob("*/")} <= before
+
+
+def test_a_board_says_what_it_is_under_its_own_name(place, kind):
+    emulator, _ = place
+    assert kind
+    with EmulatedDevice(parse_device_url("emulated:raspberry-pi-4"), home=emulator.home) as device:
+        assert (device.name, device.where) == ("emulated:raspberry-pi-4", "emulated:raspberry-pi-4")
+        assert device.host_facts().core == "Arm Cortex-A72"
+        assert device.facts()["machine"] == "aarch64"
+        assert device.python().runtime_version == device.facts()["packages"]["onnxruntime"]
 
 
 def test_a_broken_bundle_is_refused(bundle, tmp_path, capsys):

@@ -73,14 +73,26 @@ class EmulatedDevice(SshDevice):
         try:
             if board.why_not_whole is None:
                 login = board.start_server()
-                super().__init__(login.url, settings=login.settings, log=self._log, progress=self._bytes)
+                super().__init__(
+                    login.url,
+                    name=self.name,
+                    settings=login.settings,
+                    log=self._log,
+                    progress=self._bytes,
+                )
             else:
                 if self._log is not None:
                     self._log(
                         f"{self.where}: no whole board, its programs run one by one ({board.why_not_whole})"
                     )
                 connection = board.connect(self._url, agent_source())
-                super().__init__(self._url, connection=connection, log=self._log, progress=self._bytes)
+                super().__init__(
+                    self._url,
+                    name=self.name,
+                    connection=connection,
+                    log=self._log,
+                    progress=self._bytes,
+                )
         except BaseException:
             board.close()
             raise
