@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from ..graph.errors import ModelError
+from ..graph.errors import DataError, ModelError
 from ..targets.host import read_host
 from ..targets.profile import Evidence
 from .base import Array, SessionOptions
@@ -52,6 +52,20 @@ class Form:
     model: Path | bytes
     options: SessionOptions
     feeds: Mapping[str, Array] | None = None
+
+
+def names_of(forms: Sequence[Form]) -> list[str]:
+    """The forms' names.
+
+    Raises:
+        DataError: if there is none, or two have one name.
+    """
+    names = [form.name for form in forms]
+    if not names:
+        raise DataError("there is nothing to time", remedy="name at least one form")
+    if len(set(names)) != len(names):
+        raise DataError("two forms have one name", why=", ".join(names), remedy="name them apart")
+    return names
 
 
 class Device(Protocol):

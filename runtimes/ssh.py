@@ -12,7 +12,6 @@ from typing import Any
 
 from ..graph.errors import (
     CheckFailed,
-    DataError,
     EdgepressError,
     ModelError,
     RuntimeUnavailable,
@@ -21,7 +20,7 @@ from ..graph.errors import (
 from ..targets.host import HostFacts, read_host
 from ..targets.profile import Evidence
 from .base import Array, SessionOptions
-from .device import DeviceFeatures, Form, Progress
+from .device import DeviceFeatures, Form, Progress, names_of
 from .remote import DeviceUrl
 from .ssh_call import Log, Reply
 from .ssh_connection import SshConnection, SshSettings
@@ -289,9 +288,7 @@ class SshDevice:
         progress: Progress | None = None,
     ) -> BenchmarkResult:
         """See `Device.time`; by the device runner's loop there."""
-        names = [form.name for form in forms]
-        if len(set(names)) != len(names) or not names:
-            raise DataError("two forms have one name", why=", ".join(names), remedy="name them apart")
+        names = names_of(forms)
         plan = schedule.as_plan()
         written = _required(self._run_forms("time", forms, feeds, plan), self.where)
         if progress is not None:

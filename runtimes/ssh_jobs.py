@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..graph.errors import DataError, EdgepressError, ModelError, RuntimeUnavailable
+from ..graph.errors import EdgepressError, ModelError, RuntimeUnavailable
 from ..graph.load import load_model
 from ..targets.host import HostFacts
 from ..targets.profile import Evidence
 from .base import Array, SessionOptions
-from .device import DeviceFeatures, Form, Progress
+from .device import DeviceFeatures, Form, Progress, names_of
 from .ssh_forms import json_of, no_times, result_of
 from .ssh_session import ProgramEnd
 from .timing import BenchmarkResult, Schedule
@@ -167,9 +167,7 @@ class SshTimer:
         progress: Progress | None = None,
     ) -> BenchmarkResult:
         """See `Device.time`."""
-        names = [form.name for form in forms]
-        if len(set(names)) != len(names) or not names:
-            raise DataError("two forms have one name", why=", ".join(names), remedy="name them apart")
+        names = names_of(forms)
         (outcome,) = self.time_jobs(
             [TimingJob(build=lambda: (forms, feeds), schedule=schedule)], budget_s=math.inf
         )

@@ -7,6 +7,7 @@ import export_case as case
 import ml_dtypes
 import numpy as np
 import pytest
+from edgepress.export import golden as golden_module
 from edgepress.export.golden import arithmetic, difference, failures, measure_golden
 from edgepress.export.manifest import OutputTolerance, session_settings
 from edgepress.export.npz import npz_bytes, read_npz
@@ -342,3 +343,30 @@ def test_what_is_moved_stays_finite_and_infinite_stays_so(tmp_path):
         assert np.array_equal(array[~np.isfinite(mask)], mask[~np.isfinite(mask)], equal_nan=True)
         assert not np.array_equal(array, mask, equal_nan=True)
         assert np.array_equal(array[mask == 0], mask[mask == 0])
+
+
+def test_roundings_of_constants_are_part_of_the_tolerance(tmp_path, monkeypatch):
+    """Where the runtime's optimizations change no bit: a board's kernels round otherwise all the same."""
+    monkeypatch.setattr(golden_module, "_other_lowerings", lambda *_: [])
+    model = chaotic_model(tmp_path)
+    measured, allowed = golden_of(model, tmp_path).record.tolerances[0].relative_l2
+    assert measured > 1e-5
+    assert allowed == pytest.approx(max(4 * measured, 1 / 127), rel=0.01)
+    monkeypatch.setattr(golden_module, "_NUDGES", 0)
+    assert golden_of(model, tmp_path).record.tolerances[0].relative_l2[0] == 0
+
+
+def test_constants_move_by_a_unit_in_the_last_place_at_most(tmp_path):
+    model = chaotic_model(tmp_path)
+    before = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    first, again, other = (nudged(model, seed).graph.initializers for seed in (1, 1, 2))
+    steps = {name: first[name].const_value.numpy() - array for name, array in before.items()}
+    assert any(np.any(step) for step in steps.values())
+    for name, array in before.items():
+        assert np.all(np.abs(steps[name]) <= np.spacing(np.abs(array)))
+        assert np.array_equal(first[name].const_value.numpy(), again[name].const_value.numpy())
+        assert np.array_equal(model.graph.initializers[name].const_value.numpy(), array)
+    assert any(
+        not np.array_equal(first[name].const_value.numpy(), other[name].const_value.numpy())
+        for name in before
+    )

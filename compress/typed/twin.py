@@ -176,3 +176,17 @@ def open_session(
     if needs_twin(form, io_dtype):
         return Bfloat16Session(load_model(file), options)
     return OrtSession(file, options)
+
+
+def open_graph(
+    model: Model, options: SessionOptions, form: str, io_dtype: str
+) -> OrtSession | Bfloat16Session:
+    """The same of a graph in memory.
+
+    Raises:
+        ModelError: if onnxruntime refuses the model.
+        RuntimeUnavailable: as `OrtSession`.
+    """
+    if needs_twin(form, io_dtype):
+        return Bfloat16Session(model, options)
+    return OrtSession.from_model(model, options)
